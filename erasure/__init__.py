@@ -1,2 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reed-Solomon over bytes. Knows nothing of training."""
+"""Reed-Solomon over bytes, as fast as memory allows. Knows nothing of training, and never imports torch.
+
+code = Code(4, 2)
+apply(code.parity_matrix, data, parities)
+apply(code.rebuild_matrix(have=[0, 2, 3, 4], want=[1]), survivors, [lost])
+"""
+
+from .backends import Backend, backend, checksum
+from .code import Code
+from .errors import ErasureError, TooManyLosses
+from .linear import apply
+
+__all__ = ["Backend", "Code", "ErasureError", "TooManyLosses", "apply", "backend", "checksum"]
