@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line and nothing else: what is typed, what is printed, the exit code.
+
+What is heavy is imported inside the command that needs it: `--help`, `doctor` and `status` start fast.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .ckpt.errors import ConfigError, DamageError, SnapshotError
+
+FAILED, USAGE, DAMAGE = 1, 2, 3
+
+_EPILOG = """\b
+Exit codes:
+  0   done
+  1   failed
+  2   wrong usage or bad configuration
+  3   a check ran and found damage or a mismatch
+  75  stopped after a safe save; run the same command again to continue
+"""
+
+
+class _Commands(click.Group):
+    """Turns the errors that are the user's to solve into one line and the exit code that belongs to them."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SnapshotError as error:
+            told = click.ClickException(str(error))
+            if isinstance(error, ConfigError):
+                told.exit_code = USAGE
+            elif isinstance(error, DamageError):
+                told.exit_code = DAMAGE
+            raise told from error
+
+
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=_EPILOG,
+)
+@click.version_option(__version__, prog_name="refound", message="%(prog)s %(version)s")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Training that survives its machines.
+
+    \b
+    Examples:
+      refound doctor                                is this machine fit, and what to change if not
+      refound demo --tiny                           train through a killed worker and a lost node, in a minute
+      refound demo --fault 'node=1 step=7 kill'     the same with a fault of your own
+      refound status --watch                        what the snapshot processes hold right now
+
+    \b
+    To protect your own script, call refound.protect() in it and launch it with:
+      torchrun --rdzv-backend=refound --rdzv-endpoint=HOST:29400 --rdzv-id=JOB … train.py
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(USAGE)
+
+
+def _check_faults(
+    context: click.Context, parameter: click.Parameter, faults: tuple[str, ...]
+) -> tuple[str, ...]:
+    from .ckpt.faults import parse_fault
+
+    for fault in faults:
+        try:
+            parse_fault(fault)
+        except ValueError as error:
+            raise click.BadParameter(str(error), context, parameter) from error
+    return faults
+
+
+@main.command()
+@click.option("--tiny", is_flag=True, help="A small model instead of SmolLM2-135M: under a minute.")
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    callback=_check_faults,
+    metavar="'node=1 step=7 kill'",
+    help="A fault of your own; give it again for more. They replace the built-in schedule.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Where the report, the logs and the checkpoints go.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps.  [default: set by the demo]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the data order and the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed: int, as_json: bool) -> None:
+    """Train a real model twice, once through faults, and compare the bits.
+
+    \b
+    Examples:
+      refound demo                                            SmolLM2-135M over 3 nodes, about 5 minutes
+      refound demo --tiny                                     a small model, under a minute
+      refound demo --tiny --fault 'node=1 step=7 kill'        lose node 1 at step 7
+
+    Exit code 3 if weights, optimizer state or any loss differ between the two runs.
+    """
+    from .ckpt.faults import FaultRangeError
+    from .demo.run import DemoConfig, run_demo
+
+    config = DemoConfig(tiny=tiny, faults=faults, out=out, json=as_json, seed=seed, steps=steps)
+    try:
+        result = run_demo(config)
+    except FaultRangeError as error:
+        raise click.BadParameter(str(error), param_hint="'--fault'") from error
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    if not result.bit_identical:
+        sys.exit(DAMAGE)
+
+
+@main.command()
+@click.option(
+    "--checkpoint-dir",
+    type=click.Path(path_type=Path),
+    help="Also try the directory where the job's checkpoints will go.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object on stdout.")
+def doctor(checkpoint_dir: Path | None, as_json: bool) -> None:
+    """Look at this machine: what works, what does not, and what to do about it.
+
+    \b
+    Examples:
+      refound doctor
+      refound doctor --checkpoint-dir /scratch/my-job
+      refound doctor --json
+
+    Exit code 1 if something that refound needs is missing.
+    """
+    from . import doctor as examination
+
+    findings = examination.examine(checkpoint_dir)
+    click.echo(
+        json.dumps(examination.to_json(findings), indent=2) if as_json else examination.to_text(findings)
+    )
+    if examination.failed(findings):
+        sys.exit(FAILED)
+
+
+@main.command()
+@click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
+@click.option(
+    "--interval",
+    "interval_s",
+    type=click.FloatRange(min=0.1),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks with --watch.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, one object a line.")
+def status(watch: bool, interval_s: float, as_json: bool) -> None:
+    """Show the snapshot processes on this machine and what they can restore.
+
+    \b
+    Examples:
+      refound status
+      refound status --watch
+      refound status --json
+    """
+    from .ckpt.client import find_nodes
+    from .status import to_json, to_text
+
+    while True:
+        nodes = find_nodes()
+        if watch and not as_json and sys.stdout.isatty():
+            click.clear()
+        click.echo(json.dumps(to_json(nodes)) if as_json else to_text(nodes))
+        if not watch:
+            return
+        time.sleep(interval_s)
+
+
+@main.command()
+@click.argument("job")
+@click.option("--force", is_flag=True, help="Even while its torchrun is alive: the job loses its snapshots.")
+def stop(job: str, force: bool) -> None:
+    """Tell the snapshot processes of JOB on this machine to free their memory and go away.
+
+    They go by themselves when the job ends well, and when its lease runs out after it did not.
+
+    \b
+    Example:
+      refound stop my-job
+    """
+    from .ckpt.client import find_nodes, stop_job
+
+    nodes = find_nodes()
+    alive = [node for node in nodes if node["job"] == job and node["agent_pid"] is not None]
+    if alive and not force:
+        pids = ", ".join(str(node["agent_pid"]) for node in alive)
+        raise click.ClickException(
+            f"job {job!r} is running (torchrun pid {pids}) and would lose its snapshots. "
+            f"End torchrun first, or say so: refound stop {job} --force"
+        )
+    told = stop_job(job)
+    if told == 0:
+        others = sorted({node["job"] for node in nodes})
+        known = f"here are: {', '.join(others)}" if others else "here is none at all"
+        raise click.ClickException(
+            f"no snapshot process of job {job!r} on this machine; {known}. See: refound status"
+        )
+    click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the snapshot processes on this machine hold, as text and as JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .ckpt.slots import format_bytes
+from .text import columns, duration_text
+
+Node = Mapping[str, Any]
+"""One snapshot process, as `refound.ckpt.client.find_nodes` describes it."""
+
+NOTHING_RUNS = (
+    "No snapshot process runs on this machine.\n"
+    "Start a protected job:  torchrun --standalone --logs-specs=refound --nproc-per-node=2 train.py\n"
+    "or see one at work:     refound demo --tiny"
+)
+
+_HEAD = (
+    "node",
+    "pid",
+    "workers",
+    "phase",
+    "snapshot",
+    "age",
+    "snapshots",
+    "memory",
+    "last commit",
+    "checkpoint",
+)
+
+
+def to_json(nodes: Sequence[Node]) -> dict[str, Any]:
+    """Return what `refound status --json` prints."""
+    return {"schema": 1, "nodes": [dict(node) for node in nodes]}
+
+
+def to_text(nodes: Sequence[Node]) -> str:
+    """Return a block for each job: a headline, a row for each of its nodes here, and what was restored."""
+    if not nodes:
+        return NOTHING_RUNS
+    jobs: dict[str, list[Node]] = {}
+    for node in nodes:
+        jobs.setdefault(node["job"], []).append(node)
+    return "\n\n".join(_job_text(job, jobs[job]) for job in sorted(jobs))
+
+
+def _job_text(job: str, nodes: list[Node]) -> str:
+    # A node that has just been replaced still tells an older generation; the newest knows the world.
+    newest = max(nodes, key=lambda node: node["generation"])
+    names = newest["nodes"]
+    here = {node["node"] for node in nodes}
+    headline = [f"job {job}", f"generation {newest['generation']}", f"{newest['world_size']} workers"]
+    headline.append(f"{len(names)} node{'s' if len(names) != 1 else ''}")
+    headline.append(f"code ({newest['code']['k']}, {newest['code']['m']})")
+    lines = [", ".join(headline)]
+    ordered = sorted(nodes, key=lambda node: str(node["node"]))
+    lines += ["  " + line for line in columns([_HEAD, *(_row(node) for node in ordered)])]
+    lines += [f"  {note}" for node in ordered for note in _notes(node)]
+    elsewhere = [str(name) for name in names if name not in here]
+    if elsewhere:
+        lines.append(f"  not on this machine: {', '.join(elsewhere)}")
+    return "\n".join(lines)
+
+
+def _row(node: Node) -> tuple[str, ...]:
+    committed, checkpoint = node["committed"], node["checkpoint"]
+    return (
+        str(node["node"]),
+        str(node["pid"]),
+        str(len(node["workers"])),
+        str(node["phase"]),
+        f"step {committed['step']}" if committed else "none yet",
+        duration_text(committed["age_s"]) if committed else "-",
+        str(node["snapshots"]),
+        format_bytes((node["slot_bytes"] or 0) + (node["parity_bytes"] or 0)),
+        f"{node['last_commit_ms']:.0f} ms" if node["last_commit_ms"] is not None else "-",
+        f"step {checkpoint['step']}" if checkpoint else "none yet",
+    )
+
+
+def _notes(node: Node) -> list[str]:
+    notes = []
+    if node["agent_pid"] is None:
+        lease = duration_text(node["lease_s"])
+        notes.append(
+            f"{node['node']}: its torchrun is gone; without one the snapshot stays for {lease}. "
+            f"Start the job again, or free the memory: refound stop {node['job']}"
+        )
+    restored = node["restored"]
+    if restored:
+        took = duration_text(restored["seconds"])
+        notes.append(f"{node['node']}: restored step {restored['step']} from {restored['source']} in {took}")
+    return notes
