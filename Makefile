@@ -8,6 +8,7 @@ TORCH_INDEX ?=
 PIP_FLAGS  ?= -qq
 ARGS       ?=
 RUNS       ?= 10
+TESTS      ?= tests
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -37,6 +38,7 @@ help:
 	@echo '  make clean     remove $(VENV) and everything built'
 	@echo
 	@echo '  ARGS="…"       passed on, as in: make demo ARGS=--tiny   make test ARGS="-k cli"'
+	@echo '  TESTS=…        only these tests, as in: make test TESTS=tests/erasure'
 	@echo '  PYTHON=…       another Python than python3 (3.11 or newer)'
 	@echo '  TORCH_SPEC=…   another torch than $(TORCH_SPEC)'
 	@echo '  TORCH_INDEX=…  take torch from this package index (pytorch.org names one for CPU builds)'
@@ -69,7 +71,7 @@ demo: $(STAMP)
 	@$(BIN)/refound demo $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest tests $(ARGS)
+	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 lint: $(STAMP)
 	$(call say,ruff format)

@@ -82,7 +82,7 @@ def _check_faults(
     return faults
 
 
-@main.command()
+@main.command(short_help="Train a real model twice, once through faults, and compare the bits.")
 @click.option("--tiny", is_flag=True, help="A small model instead of SmolLM2-135M: under a minute.")
 @click.option(
     "--fault",
@@ -127,7 +127,7 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
         sys.exit(DAMAGE)
 
 
-@main.command()
+@main.command(short_help="Is this machine fit, and what to do if not.")
 @click.option(
     "--checkpoint-dir",
     type=click.Path(path_type=Path),
@@ -155,7 +155,7 @@ def doctor(checkpoint_dir: Path | None, as_json: bool) -> None:
         sys.exit(FAILED)
 
 
-@main.command()
+@main.command(short_help="What the snapshot processes here can restore.")
 @click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
 @click.option(
     "--interval",
@@ -188,7 +188,7 @@ def status(watch: bool, interval_s: float, as_json: bool) -> None:
         time.sleep(interval_s)
 
 
-@main.command()
+@main.command(short_help="Free the memory of a job that will not come back.")
 @click.argument("job")
 @click.option("--force", is_flag=True, help="Even while its torchrun is alive: the job loses its snapshots.")
 def stop(job: str, force: bool) -> None:
