@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import golden
 from .buffers import Bytes, address
 from .field import PRODUCTS, Matrix
 
@@ -123,12 +124,11 @@ def verify(library: Library) -> None:
     if not np.array_equal(products, PRODUCTS):
         wrong = np.argwhere(products != PRODUCTS)[0]
         raise LibraryError(f"{library.path} computes {wrong[0]} * {wrong[1]} wrong in GF(2^8) mod 0x11D")
-    # 1,021 bytes reach the widest kernel, the narrower ones and the tail.
-    matrix = (np.arange(7 * 5, dtype=np.uint8) * 29 + 3).reshape(7, 5)
-    data = (np.arange(5 * 1021, dtype=np.uint32) * 2654435761 >> 13).astype(np.uint8).reshape(5, 1021)
-    outs = np.zeros((7, 1021), dtype=np.uint8)
+    # 1,021 bytes reach the widest kernel, the narrower ones and the tail; 7 rows, two passes of kernels.
+    matrix, data, expected = golden.case(7, 5, 1021)
+    outs = np.zeros_like(expected)
     library.apply(matrix, list(data), list(outs))
-    if not np.array_equal(outs, np.bitwise_xor.reduce(PRODUCTS[matrix[:, :, None], data[None]], axis=1)):
+    if not np.array_equal(outs, expected):
         raise LibraryError(f"{library.path} computes a wrong 7 x 5 matrix product")
     digits = np.frombuffer(b"123456789", dtype=np.uint8)
     if library.crc32c(address(digits), digits.size, 0) != CRC32C_CHECK:
