@@ -97,13 +97,24 @@ class Code:
         return numbers
 
 
+def reedsolo_correct(code: Code, word: bytearray, lost: Sequence[int]) -> bytes:
+    """One stripe of k + m bytes as reedsolo corrects it, or `ReedSolomonError`. Slow."""
+    with _reedsolo_lock:
+        return bytes(_reedsolo_codec(code.k, code.m).decode(word, erase_pos=list(lost))[1])
+
+
+@lru_cache(maxsize=16)
+def _reedsolo_codec(k: int, m: int) -> reedsolo.RSCodec:
+    return reedsolo.RSCodec(m, nsize=k + m, fcr=0, prim=POLYNOMIAL)
+
+
 @lru_cache(maxsize=256)
 def _parity_matrix(k: int, m: int) -> Matrix:
     """Column c is what reedsolo appends to the c-th unit vector: the code is linear, so that is all of it."""
     matrix = np.zeros((m, k), dtype=np.uint8)
     if m:
         with _reedsolo_lock:
-            codec = reedsolo.RSCodec(m, nsize=k + m, fcr=0, prim=POLYNOMIAL)
+            codec = _reedsolo_codec(k, m)
             for c in range(k):
                 unit = bytearray(k)
                 unit[c] = 1

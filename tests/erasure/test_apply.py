@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refound.erasure import Code, ErasureError, apply, portable
+from refound.erasure import Code, ErasureError, apply, checksum, portable
 from refound.erasure.backends import Kernel
 from refound.erasure.field import PRODUCTS, product
 from refound.erasure.linear import apply_with
@@ -179,3 +179,15 @@ def test_blocks_are_cut_anywhere(monkeypatch: pytest.MonkeyPatch, rng: np.random
     outs = np.zeros((2, 20_001), dtype=np.uint8)
     apply_with(portable.apply, Code(4, 2).parity_matrix, list(ins), list(outs))
     assert np.array_equal(outs, product(Code(4, 2).parity_matrix, ins))
+
+
+def test_more_than_two_gibibytes():
+    """Lengths in ISA-L are 32-bit integers. The first input is zero pages, which take no memory."""
+    size = (1 << 31) + 4097
+    first, out = np.zeros(size, dtype=np.uint8), np.empty(size, dtype=np.uint8)
+    places = [0, (1 << 30) - 1, 1 << 30, (1 << 31) - 1, 1 << 31, size - 1]
+    first[places] = range(1, 7)
+    apply([[1, 1]], [first, b"\x10" * 4097], [out])
+    assert out[places].tolist() == [0x11, 2, 3, 4, 5, 6]
+    assert out[4096] == 0x10 and out[4097] == 0
+    assert checksum(out) == checksum(out[1 << 30 :], checksum(out[: 1 << 30]))

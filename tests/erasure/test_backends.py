@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refound.erasure import ErasureError, backend, backends, checksum, crc, isal
+from refound.erasure import Code, ErasureError, backend, backends, checksum, crc, isal
+from refound.erasure.field import product
 
 needs_isal = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 
@@ -141,3 +142,12 @@ def test_checksums_of_any_contiguous_buffer():
 def test_importing_it_does_not_import_torch():
     code = "import sys, refound.erasure as e; e.checksum(b'1'); assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(sys.executable).parent)
+
+
+def test_long_calls_are_cut_for_the_library(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator):
+    monkeypatch.setattr(isal, "MAX_CALL_BYTES", 4096)
+    library, data = isal.load(), rng.integers(0, 256, (3, 20_001), dtype=np.uint8)
+    outs = np.zeros((2, 20_001), dtype=np.uint8)
+    library.apply(Code(3, 2).parity_matrix, list(data), list(outs))
+    assert np.array_equal(outs, product(Code(3, 2).parity_matrix, data))
+    assert library.crc32c(data[0].ctypes.data, 20_001, 5) == crc.crc32c(data[0], 5)
