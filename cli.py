@@ -4,6 +4,7 @@
 What is heavy is imported inside the command that needs it: `--help`, `doctor` and `status` start fast.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -27,19 +28,26 @@ Exit codes:
 """
 
 
+class _UsageError(click.ClickException):
+    exit_code = USAGE
+
+
+class _DamageFound(click.ClickException):
+    exit_code = DAMAGE
+
+
 class _Commands(click.Group):
     """Turns the errors that are the user's to solve into one line and the exit code that belongs to them."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ConfigError as error:
+            raise _UsageError(str(error)) from error
+        except DamageError as error:
+            raise _DamageFound(str(error)) from error
         except SnapshotError as error:
-            told = click.ClickException(str(error))
-            if isinstance(error, ConfigError):
-                told.exit_code = USAGE
-            elif isinstance(error, DamageError):
-                told.exit_code = DAMAGE
-            raise told from error
+            raise click.ClickException(str(error)) from error
 
 
 @click.group(
@@ -178,14 +186,16 @@ def status(watch: bool, interval_s: float, as_json: bool) -> None:
     from .ckpt.client import find_nodes
     from .status import to_json, to_text
 
-    while True:
-        nodes = find_nodes()
-        if watch and not as_json and sys.stdout.isatty():
-            click.clear()
-        click.echo(json.dumps(to_json(nodes)) if as_json else to_text(nodes))
-        if not watch:
-            return
-        time.sleep(interval_s)
+    # Ctrl-C is how a watch ends, not how it fails.
+    with contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext():
+        while True:
+            nodes = find_nodes()
+            if watch and not as_json and sys.stdout.isatty():
+                click.clear()
+            click.echo(json.dumps(to_json(nodes)) if as_json else to_text(nodes))
+            if not watch:
+                return
+            time.sleep(interval_s)
 
 
 @main.command(short_help="Free the memory of a job that will not come back.")

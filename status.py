@@ -50,10 +50,7 @@ def _job_text(job: str, nodes: list[Node]) -> str:
     newest = max(nodes, key=lambda node: node["generation"])
     names = newest["nodes"]
     here = {node["node"] for node in nodes}
-    headline = [f"job {job}", f"generation {newest['generation']}", f"{newest['world_size']} workers"]
-    headline.append(f"{len(names)} node{'s' if len(names) != 1 else ''}")
-    headline.append(f"code ({newest['code']['k']}, {newest['code']['m']})")
-    lines = [", ".join(headline)]
+    lines = [_headline(job, newest)]
     ordered = sorted(nodes, key=lambda node: str(node["node"]))
     lines += ["  " + line for line in columns([_HEAD, *(_row(node) for node in ordered)])]
     lines += [f"  {note}" for node in ordered for note in _notes(node)]
@@ -61,6 +58,21 @@ def _job_text(job: str, nodes: list[Node]) -> str:
     if elsewhere:
         lines.append(f"  not on this machine: {', '.join(elsewhere)}")
     return "\n".join(lines)
+
+
+def _headline(job: str, node: Node) -> str:
+    if not node["nodes"]:
+        return f"job {job}, waiting for its first rendezvous"
+    parts = [f"job {job}", f"generation {node['generation']}", _count(len(node["nodes"]), "node")]
+    if node["world_size"] is not None:
+        parts.append(_count(node["world_size"], "worker"))
+    if node["code"]:
+        parts.append(f"code ({node['code']['k']}, {node['code']['m']})")
+    return ", ".join(parts)
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _row(node: Node) -> tuple[str, ...]:
@@ -73,14 +85,16 @@ def _row(node: Node) -> tuple[str, ...]:
         f"step {committed['step']}" if committed else "none yet",
         duration_text(committed["age_s"]) if committed else "-",
         str(node["snapshots"]),
-        format_bytes((node["slot_bytes"] or 0) + (node["parity_bytes"] or 0)),
-        f"{node['last_commit_ms']:.0f} ms" if node["last_commit_ms"] is not None else "-",
+        format_bytes(node["slot_bytes"] + node["parity_bytes"]),
+        f"{node['last_commit_ms']:.0f} ms" if committed else "-",
         f"step {checkpoint['step']}" if checkpoint else "none yet",
     )
 
 
 def _notes(node: Node) -> list[str]:
     notes = []
+    if node["trouble"]:
+        notes.append(f"{node['node']}: {node['trouble']}")
     if node["agent_pid"] is None:
         lease = duration_text(node["lease_s"])
         notes.append(
@@ -88,7 +102,11 @@ def _notes(node: Node) -> list[str]:
             f"Start the job again, or free the memory: refound stop {node['job']}"
         )
     restored = node["restored"]
-    if restored:
-        took = duration_text(restored["seconds"])
-        notes.append(f"{node['node']}: restored step {restored['step']} from {restored['source']} in {took}")
+    if restored and restored["source"] != "start":
+        # Without a time: straight from this node's memory, or not done yet.
+        took = f" in {duration_text(restored['seconds'])}" if "seconds" in restored else ""
+        notes.append(
+            f"{node['node']}: this generation began at step {restored['step']}, "
+            f"from {restored['source']}{took}"
+        )
     return notes
