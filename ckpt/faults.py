@@ -135,9 +135,7 @@ def random_schedule(seed: int, nodes: int, ranks: int, steps: int, count: int) -
     return tuple(faults)
 
 
-def target_pids(
-    fault: Fault, nodes: Iterable[Mapping[str, Any]], names: Mapping[int, str]
-) -> tuple[int, ...]:
+def target_pids(fault: Fault, nodes: Iterable[Mapping[str, Any]], names: Mapping[int, str]) -> tuple[int, ...]:
     """The process ids that the fault falls on, the agent first so that it cannot replace what dies after it.
 
     Args:

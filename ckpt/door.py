@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Unix socket of a snapshot process: its node's agent, workers and `refound status` come in here.
+
+Every caller must be the same user (the kernel says who it is) and name the same job. Descriptors of the slots go
+out through this socket and nowhere else.
+"""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import fence, wire
+from .errors import ProtocolError, SnapshotError
+from .held import pack_record
+from .keeper import Keeper
+from .peers import checked_replicas
+from .restore import Restore
+from .slots import Segment
+from .wire import Message
+
+Reply = tuple[Message, bytes, list[int]]
+
+
+class Door:
+    """Accepts local callers. One thread a connection; the agent's and each worker's last as long as they do."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        path: Path,
+        *,
+        agent: Callable[[Message], Message],
+        stop: Callable[[], None],
+        restore: Callable[[], Restore],
+    ) -> None:
+        self._keeper, self._agent, self._stop, self._restore = keeper, agent, stop, restore
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        beside = path.with_suffix(".new")
+        beside.unlink(missing_ok=True)
+        self._listener.bind(os.fspath(beside))
+        beside.chmod(0o600)
+        self._listener.listen(64)
+        beside.replace(path)  # under its own name it accepts from the first moment
+        self.agent_pid: int | None = None
+        self.connections = 0
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="door", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        caller = _Caller()
+        with sock:
+            try:
+                uid, caller.pid = wire.peer_uid_pid(sock)
+                if uid != os.getuid():
+                    wire.send(
+                        sock,
+                        {"error": f"this snapshot process belongs to uid {os.getuid()}, not to uid {uid}"},
+                    )
+                    return
+                while True:
+                    message, body, fds = wire.receive(sock)
+                    for fd in fds:
+                        os.close(fd)  # nobody is asked for descriptors
+                    reply, data, out_fds = self._reply(caller, message, body)
+                    try:
+                        wire.send(sock, reply, data, out_fds)
+                    finally:
+                        for fd in out_fds:
+                            os.close(fd)
+                    if caller.stop:
+                        self._stop()
+            except ProtocolError as error:
+                self._keeper.event("refused", pid=caller.pid, error=str(error))
+            except OSError:
+                return  # the caller has gone
+            finally:
+                if caller.is_agent:
+                    self._keeper.event("agent gone", pid=caller.pid)
+                    self.agent_pid = None
+
+    def _reply(self, caller: "_Caller", message: Message, body: memoryview) -> Reply:
+        try:
+            if (job := message.get("job")) is not None and job != self._keeper.job:
+                raise ProtocolError(f"this is the snapshot process of job {self._keeper.job!r}, not of {job!r}")
+            return self._handle(caller, message, body)
+        except (SnapshotError, MemoryError) as error:
+            return {"error": str(error), "kind": type(error).__name__}, b"", []
+
+    def _handle(self, caller: "_Caller", message: Message, body: memoryview) -> Reply:
+        op = message.get("op")
+        if op == "status":
+            return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+        if op == "stop":
+            caller.stop = True
+            return {}, b"", []
+        if op == "attach":
+            return self._attach(caller), b"", []
+        if op == "hello":
+            return self._hello(caller, message), b"", []
+        if caller.is_agent:
+            reply = self._agent(message)
+            caller.stop = bool(reply.pop("stop", False))
+            return reply, b"", []
+        if caller.worker is None:
+            raise ProtocolError(f"{op!r} before hello")
+        return self._handle_worker(caller, caller.worker, message, body)
+
+    def _attach(self, caller: "_Caller") -> Message:
+        with self._keeper.changed:
+            if self.agent_pid is not None:
+                return {"busy": self.agent_pid}
+            self.agent_pid, caller.is_agent = caller.pid, True
+        self._keeper.event("agent", pid=caller.pid)
+        return {"pid": os.getpid()}
+
+    def _hello(self, caller: "_Caller", message: Message) -> Message:
+        worker = fence.Worker(
+            rank=_count(message, "rank"),
+            pid=caller.pid,
+            pidfd=os.pidfd_open(caller.pid),
+            generation=_count(message, "generation"),
+            local_world_size=_count(message, "local_world_size"),
+            world_size=_count(message, "world_size"),
+        )
+        try:
+            self._keeper.join(worker)
+        except SnapshotError:
+            worker.close()
+            raise
+        caller.worker = worker
+        return {}
+
+    def _handle_worker(self, caller: "_Caller", worker: fence.Worker, message: Message, body: memoryview) -> Reply:
+        keeper, op = self._keeper, message.get("op")
+        if op == "restore":
+            keeper.check_open(worker.generation)
+            return self._restore().facts(), b"", []
+        if op == "shard":
+            segment, record = self._restore().shard(_count(message, "rank"))
+            ranks, checksums = pack_record({_count(message, "rank"): record})
+            return {"ranks": ranks}, checksums, [segment.read_only_fd()]
+        if op == "begin":
+            segment = keeper.begin(worker, _count(message, "step"), _count(message, "size_bytes"))
+            return self._slot(caller, segment)
+        if op == "complete":
+            if len(body) % 4:
+                raise ProtocolError("malformed checksums")
+            checksums = np.frombuffer(bytes(body), dtype="<u4").astype(np.uint32)
+            keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message))
+        elif op == "abort":
+            keeper.abort(worker)
+        elif op == "wait":
+            wait = timedelta(milliseconds=_count(message, "timeout_ms"))
+            return {"committed": keeper.wait_committed(worker, _count(message, "step"), wait)}, b"", []
+        else:
+            raise ProtocolError(f"unknown request {op!r}")
+        return {}, b"", []
+
+    def _slot(self, caller: "_Caller", segment: Segment) -> Reply:
+        """Name the slot, with its descriptor the first time this worker gets it, and the slots that are no more."""
+        gone = [number for number, known in caller.slots.items() if known.fd < 0]
+        for number in gone:
+            del caller.slots[number]
+        for number, known in caller.slots.items():
+            if known is segment:
+                return {"slot": number, "gone": gone}, b"", []
+        number = caller.next_slot
+        caller.next_slot += 1
+        caller.slots[number] = segment
+        return {"slot": number, "gone": gone}, b"", [os.dup(segment.fd)]
+
+
+class _Caller:
+    """What this process knows of one connection."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.is_agent = False
+        self.worker: fence.Worker | None = None
+        self.slots: dict[int, Segment] = {}
+        self.next_slot = 0
+        self.stop = False
+
+
+def _count(message: dict[str, Any], name: str) -> int:
+    value = message.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ProtocolError(f"malformed message: {name} is not a count")
+    return value

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong with snapshots, each a subclass of the builtin a caller would already catch."""
+
+
+class SnapshotError(RuntimeError):
+    """A snapshot could not be taken, kept or restored."""
+
+
+class LayoutMismatchError(SnapshotError, ValueError):
+    """The state to restore has other tensors, shapes or types than the running job's."""
+
+
+class WorldSizeError(SnapshotError, ValueError):
+    """The snapshot was taken by another number of ranks than the running job has."""
+
+
+class SnapshotMemoryError(SnapshotError, MemoryError):
+    """The state does not fit into this node's memory twice, with its parity."""
+
+
+class DamageError(SnapshotError, ValueError):
+    """Bytes do not match their checksum and could not be rebuilt."""
+
+
+class StaleWriterError(SnapshotError):
+    """The caller belongs to an older generation and has been fenced."""
+
+
+class UnsupportedStateError(SnapshotError, TypeError):
+    """The state holds something that has no safe representation as data."""
+
+
+class ProtocolError(SnapshotError, ConnectionError):
+    """A message was malformed, oversized, unexpected or unauthenticated."""
+
+
+class ConfigError(SnapshotError, ValueError):
+    """A setting is unknown, contradictory or impossible for this job."""

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity of each snapshot, computed in the background beside training.
+
+For every snapshot whose shards are complete on this node: announce their checksums to the group, pull the chunks of
+the stripes whose parity lies here, piece by piece, code them, and tell the lead. Every bucket is checked against the
+checksum its worker took before it goes into parity; requests for the next piece are out while this one is coded.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..erasure import Code, apply, checksum
+from .agreement import Decision, SnapshotId
+from .errors import DamageError, SnapshotError, StaleWriterError
+from .held import Held, bucket_checksums, record_buckets, record_checksums
+from .keeper import Keeper
+from .peers import Peers, read_message
+from .stripes import BUCKET_BYTES, Stripe
+
+PIECE_BUCKETS = 4
+_DAMAGE_RETRIES = 3
+
+
+class Exchange:
+    """The parity thread of one generation; it ends with it."""
+
+    def __init__(
+        self, keeper: Keeper, decision: Decision, key: bytes, on_prepared: Callable[[SnapshotId], None]
+    ) -> None:
+        self._keeper, self._decision = keeper, decision
+        self._peers = Peers(keeper, decision, key)
+        self._on_prepared = on_prepared
+        self._done: set[SnapshotId] = set()
+
+    def start(self) -> None:
+        with self._keeper.changed:
+            self._keeper.busy += 1
+            self._keeper.on_seal.append(self._peers.close)
+        threading.Thread(target=self._run, name="parity", daemon=True).start()
+
+    def _run(self) -> None:
+        keeper = self._keeper
+        try:
+            while True:
+                self._protect(self._next())
+        except StaleWriterError:
+            return  # the generation has ended: that is how this thread ends
+        except SnapshotError as error:
+            with keeper.changed:
+                keeper.trouble = error
+                keeper.changed.notify_all()
+            keeper.event("trouble", error=str(error))
+        finally:
+            self._peers.close()
+            with keeper.changed:
+                keeper.busy -= 1
+                keeper.on_seal.remove(self._peers.close)
+                keeper.changed.notify_all()
+
+    def _next(self) -> Held:
+        """Wait for a snapshot of this generation whose shards are all here."""
+        keeper = self._keeper
+        with keeper.changed:
+            while True:
+                self._peers.check()
+                ready = [
+                    held
+                    for held in keeper.held.values()
+                    if held.data_complete
+                    and held.id.generation == self._decision.generation
+                    and held.id not in self._done
+                ]
+                if ready:
+                    return min(ready, key=lambda held: held.id)
+                keeper.changed.wait()
+
+    def _protect(self, held: Held) -> None:
+        offer, body = held.offer()
+        for position in held.group.members:
+            if position != held.position:
+                message = {"op": "offer", "world_size": held.world_size, **offer}
+                self._peers.request(position, message, body)
+        if held.group.m:
+            self._await_records(held)
+            self._code_own_parity(held)
+        self._done = {i for i in self._done if i.step > held.id.step - 4} | {held.id}
+        self._on_prepared(held.id)
+
+    def _await_records(self, held: Held) -> None:
+        with self._keeper.changed:
+            while not held.records_complete:
+                self._peers.check()
+                self._keeper.changed.wait()
+
+    def _code_own_parity(self, held: Held) -> None:
+        keeper, code = self._keeper, Code(held.group.k, held.group.m)
+        stripes = held.group.parity_stripes(held.index)
+        segments = keeper.parity_memory(len(stripes), held.chunk * BUCKET_BYTES)
+        sums = [np.empty(held.chunk, np.uint32) for _ in stripes]
+        for stripe, segment, own_sums in zip(stripes, segments, sums, strict=True):
+            row = code.parity_matrix[[stripe.parity.index(held.index)]]
+            started, pulled = time.monotonic(), 0
+            for piece in pulled_pieces(self._peers, held, stripe, PIECE_BUCKETS):
+                out = segment.array[piece.start * BUCKET_BYTES : (piece.start + piece.count) * BUCKET_BYTES]
+                apply(row, piece.data, [out])
+                own_sums[piece.start : piece.start + piece.count] = bucket_checksums(out)
+                pulled += sum(len(data) for data in piece.data)
+                self._pace(pulled, started)
+        with keeper.changed:
+            self._peers.check()
+            held.parity, held.parity_checksums, held.parity_complete = segments, sums, True
+
+    def _pace(self, pulled_bytes: int, started: float) -> None:
+        if rate := self._keeper.conf.parity_rate_mb_s * 1e6:
+            time.sleep(max(0.0, pulled_bytes / rate - (time.monotonic() - started)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The same buckets of all k data chunks of a stripe."""
+
+    start: int
+    count: int
+    data: list[np.ndarray]
+    """k arrays of uint8; those beyond the end of a shorter vector are shorter."""
+
+
+def pulled_pieces(peers: Peers, held: Held, stripe: Stripe, piece_buckets: int) -> Iterator[Piece]:
+    """Yield the pieces of a stripe's data chunks, checked, one request ahead of the caller.
+
+    Raises DamageError if bytes arrive that do not match the checksum their worker took.
+    """
+    chunk = held.chunk
+    starts = list(range(0, chunk, piece_buckets))
+    buffers = [np.empty((2, piece_buckets * BUCKET_BYTES), np.uint8) for _ in stripe.data]
+    checks = [_chunk_checksums(held, member, stripe) for member in stripe.data]
+    asked = damaged = 0
+    while starts:
+        start = starts[0]
+        try:
+            for at, start in enumerate(starts):
+                while asked < min(at + 2, len(starts)):
+                    _ask(peers, held, stripe, starts[asked], min(piece_buckets, chunk - starts[asked]))
+                    asked += 1
+                count = min(piece_buckets, chunk - start)
+                data = [
+                    _collect(peers, held, member, buffers[i][at % 2], checks[i][start : start + count])
+                    for i, member in enumerate(stripe.data)
+                ]
+                yield Piece(start=start, count=count, data=data)
+                damaged = 0
+            return
+        except (OSError, DamageError) as error:
+            # A connection broke, or bytes changed on the way: ask again from the piece that failed. Damage that
+            # stays is the sender's, and a restart (which verifies every slot) is what heals it.
+            damaged += isinstance(error, DamageError)
+            if damaged > _DAMAGE_RETRIES:
+                raise
+            starts, asked = starts[starts.index(start) :], 0
+            for member in stripe.data:
+                peers.retry_after(held.group.first + member)
+
+
+def _ask(peers: Peers, held: Held, stripe: Stripe, start: int, count: int) -> None:
+    for member in stripe.data:
+        chunk_index = held.group.data_stripes(member).index(stripe)
+        first = chunk_index * held.chunk + start
+        peers.post(held.group.first + member, read_message(held.id, "data", 0, first, count))
+
+
+def _collect(peers: Peers, held: Held, member: int, buffer: np.ndarray, checks: np.ndarray) -> np.ndarray:
+    _, body = peers.collect(held.group.first + member, buffer.data)
+    data = np.frombuffer(body, np.uint8)
+    if len(data) != len(checks) * BUCKET_BYTES:
+        raise DamageError(f"{len(data)} bytes came where {len(checks)} buckets were asked for")
+    for bucket, expected in enumerate(checks):
+        if checksum(data[bucket * BUCKET_BYTES : (bucket + 1) * BUCKET_BYTES]) != int(expected):
+            raise DamageError(f"bucket {bucket} from position {held.group.first + member} fails its checksum")
+    return data
+
+
+def _chunk_checksums(held: Held, member: int, stripe: Stripe) -> np.ndarray:
+    """Checksums of `member`'s chunk in `stripe`; shorter where the vector ends."""
+    record = held.records[held.group.first + member]
+    chunk_index = held.group.data_stripes(member).index(stripe)
+    first = chunk_index * held.chunk
+    return record_checksums(record)[first : min(first + held.chunk, record_buckets(record))]

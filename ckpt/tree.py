@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nested state as data: JSON for what is small, tensors by number. Nothing in it can run.
+
+`encode` and `decode` are inverse for what `state_dict()` of models, optimizers, schedulers, samplers and random
+generators is made of; anything else is refused by name when it is saved, not when it is needed.
+"""
+
+import base64
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import DamageError, UnsupportedStateError
+
+Json = Any
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def encode(value: Any, path: str, tensor: Callable[[str, torch.Tensor], int]) -> Json:
+    """`value` as JSON-able data. `tensor(path, t)` is called for every tensor and gives its number.
+
+    Raises UnsupportedStateError naming the path and type of what cannot be represented.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, torch.Tensor):
+        return {"$tensor": tensor(path, value)}
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            raise _unsupported(path, value)
+        return {"$array": tensor(path, torch.from_numpy(np.atleast_1d(value).copy().view(np.uint8)))} | {
+            "dtype": value.dtype.str,
+            "shape": list(value.shape),
+        }
+    if isinstance(value, dict):
+        return _encode_mapping(value, path, tensor)
+    for kind, name in _SEQUENCES.items():
+        if type(value) is kind:
+            items = [encode(item, f"{path}/{i}", tensor) for i, item in enumerate(value)]
+            return items if name == "$list" else {name: items}
+    return _encode_scalar(value, path)
+
+
+_SEQUENCES: dict[type, str] = {
+    list: "$list",
+    tuple: "$tuple",
+    set: "$set",
+    frozenset: "$frozenset",
+    deque: "$deque",
+    torch.Size: "$size",
+}
+_MAPPINGS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
+
+
+def _encode_mapping(value: dict[Any, Any], path: str, tensor: Callable[[str, torch.Tensor], int]) -> Json:
+    name = _MAPPINGS.get(type(value), "$dict")
+    pairs = [(key, encode(item, f"{path}/{key}", tensor)) for key, item in value.items()]
+    if name == "$dict" and all(type(key) is str and not key.startswith("$") for key, _ in pairs):
+        return dict(pairs)
+    return {name: [[encode(key, f"{path}/{key}", tensor), item] for key, item in pairs]}
+
+
+def _encode_scalar(value: Any, path: str) -> Json:
+    if isinstance(value, bytes | bytearray):
+        return {"$bytes": base64.b64encode(bytes(value)).decode()}
+    if isinstance(value, np.generic) and not value.dtype.hasobject:
+        return {"$scalar": base64.b64encode(value.tobytes()).decode(), "dtype": value.dtype.str}
+    if isinstance(value, complex):
+        return {"$complex": [value.real, value.imag]}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    if isinstance(value, _PLAIN):  # a subclass, an IntEnum for instance: its plain value is not what was saved
+        raise _unsupported(path, value)
+    raise _unsupported(path, value)
+
+
+def _unsupported(path: str, value: Any) -> UnsupportedStateError:
+    return UnsupportedStateError(
+        f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which has no form as plain data. "
+        "Leave it out of state_dict(), or turn it into numbers, strings, lists, dicts or tensors there"
+    )
+
+
+def decode(data: Json, tensor: Callable[[int], torch.Tensor]) -> Any:
+    """The inverse of `encode`; `tensor(number)` gives the tensors. Raises DamageError if the data is malformed."""
+    if isinstance(data, list):
+        return [decode(item, tensor) for item in data]
+    if not isinstance(data, dict):
+        return data
+    tag = next((key for key in data if key.startswith("$")), None)
+    if tag is None:
+        return {key: decode(item, tensor) for key, item in data.items()}
+    if tag == "$tensor":
+        return tensor(data[tag])
+    if tag == "$array":
+        raw = tensor(data[tag]).cpu().contiguous().numpy().view(np.dtype(data["dtype"]))
+        return raw.reshape(data["shape"]).copy()
+    for kind, name in _SEQUENCES.items():
+        if tag == name:
+            return kind(decode(item, tensor) for item in data[tag])
+    for kind, name in _MAPPINGS.items():
+        if tag == name:
+            return kind({decode(key, tensor): decode(item, tensor) for key, item in data[tag]})
+    return _decode_scalar(tag, data)
+
+
+def _decode_scalar(tag: str, data: dict[str, Any]) -> Any:
+    value = data[tag]
+    if tag == "$bytes":
+        return base64.b64decode(value)
+    if tag == "$scalar":
+        return np.frombuffer(base64.b64decode(value), np.dtype(data["dtype"]))[0]
+    if tag == "$complex":
+        return complex(*value)
+    if tag == "$dtype" and isinstance(dtype := getattr(torch, value, None), torch.dtype):
+        return dtype
+    if tag == "$device":
+        return torch.device(value)
+    raise DamageError(f"a snapshot's description holds the unknown tag {tag!r}")
+
+
+def tensor_numbers(data: Json) -> set[int]:
+    """Numbers of all tensors that `data` refers to."""
+    found: set[int] = set()
+
+    def note(number: int) -> torch.Tensor:
+        found.add(number)
+        return torch.zeros(1, dtype=torch.uint8)
+
+    _walk(data, note)
+    return found
+
+
+def _walk(data: Json, note: Callable[[int], Any]) -> None:
+    if isinstance(data, list):
+        for item in data:
+            _walk(item, note)
+    elif isinstance(data, dict):
+        for key, item in data.items():
+            if key in ("$tensor", "$array"):
+                note(item)
+            else:
+                _walk(item, note)
