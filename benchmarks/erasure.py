@@ -6,8 +6,8 @@
 All contenders work on the same shards in an order drawn anew each round; shards start at random lines, as
 one lucky or unlucky layout can be worth a factor of two. GB/s are 1e9 bytes of *data* (k shards) a second of
 this thread's CPU time, so that a busy machine changes little; a ratio is the median of the rounds' ratios.
-Decoding is the worst case: m data shards lost, all parities used. zfec (pip install zfec) and torch are
-measured where they are installed.
+Decoding is the worst case: m data shards lost, all parities used. zfec (pip install zfec), torch and
+CUDA are measured where they are at hand.
 """
 
 import argparse
@@ -111,9 +111,7 @@ def contenders(job: Job, rng: np.random.Generator) -> dict[str, Callable[[], Any
 
 def _memcpy(sources: Shards, rng: np.random.Generator) -> Callable[[], None]:
     targets = _shards(len(sources), sources[0].size, rng)
-    pairs = [
-        (target.ctypes.data, source.ctypes.data) for target, source in zip(targets, sources, strict=True)
-    ]
+    pairs = [(target.ctypes.data, source.ctypes.data) for target, source in zip(targets, sources, strict=True)]
 
     def run(kept: Shards = targets) -> None:
         for target, source in pairs:
@@ -155,17 +153,54 @@ def _zfec(job: Job) -> Callable[[], Any]:
     return lambda: decoder.decode(blocks, numbers)
 
 
-def measure(named: dict[str, Callable[[], Any]], data_bytes: int, rounds: int, seed: int) -> Samples:
+def measure(
+    named: dict[str, Callable[[], Any]],
+    data_bytes: int,
+    rounds: int,
+    seed: int,
+    clock: Callable[[], float] = time.thread_time,
+) -> Samples:
     samples = Samples(data_bytes, {name: [] for name in named})
     rng = np.random.default_rng(seed)
     for run in named.values():
         run()
     for _ in range(rounds):
         for name in rng.permutation(list(named)):
-            start = time.thread_time()
+            start = clock()
             named[str(name)]()
-            samples.seconds[str(name)].append(time.thread_time() - start)
+            samples.seconds[str(name)].append(clock() - start)
     return samples
+
+
+def device_figures(job: Job, label: str, rounds: int) -> list[dict[str, Any]]:
+    """The same job on a GPU, if there is one, beside a copy of its inputs there: wall clock, queue drained."""
+    if not importlib.util.find_spec("torch"):
+        return []
+    import torch
+    from refound.erasure import tensors
+
+    if not torch.cuda.is_available():
+        return []
+    device = torch.device("cuda", torch.cuda.current_device())
+    name = f"cuda {tensors.device_backend(device).name}"
+    ins, outs = ([torch.from_numpy(a).to(device) for a in arrays] for arrays in (job.ins, job.outs))
+    copies = [torch.empty_like(tensor) for tensor in ins]
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    named = {
+        "cuda copy": lambda: [copy.copy_(tensor) for copy, tensor in zip(copies, ins, strict=True)],
+        name: lambda: tensors.apply_tensors(job.matrix, ins, outs),
+    }
+    samples = measure(named, job.code.k * job.ins[0].size, rounds, seed=5, clock=clock)
+    ratio = samples.ratio(name, "cuda copy")
+    bar = ">= 0.8" if name == "cuda triton" else ""
+    return [
+        *[figure(f"{label} {each}", samples.gb_per_s(each), "GB/s") for each in named],
+        figure(f"{label} {name} / cuda copy", ratio, "x", bar, ratio >= 0.8 if bar else None),
+    ]
 
 
 def figure(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> dict[str, Any]:
@@ -179,9 +214,7 @@ def code_figures(code: Code, kind: str, samples: Samples) -> list[dict[str, Any]
         bar = 4.0 if name == "portable" and (code.k, code.m) == (4, 2) else None
         value = samples.gb_per_s(name)
         figures.append(
-            figure(
-                f"{label} {name}", value, "GB/s", f">= {bar}" if bar else "", value >= bar if bar else None
-            )
+            figure(f"{label} {name}", value, "GB/s", f">= {bar}" if bar else "", value >= bar if bar else None)
         )
     for name in samples.seconds:
         for other in ("direct ISA-L", "memcpy", "zfec"):
@@ -258,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.only:
                 named = {name: run for name, run in named.items() if name in (*options.only, "memcpy")}
             figures += code_figures(code, kind, measure(named, code.k * size, options.rounds, seed=code.k))
+            figures += device_figures(job, f"{kind} ({code.k},{code.m})", options.rounds)
     figures += checksum_figures(size, options.rounds, rng)
     if options.json:
         print(json.dumps({"figures": figures, "machine": before}))

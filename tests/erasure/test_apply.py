@@ -70,6 +70,20 @@ def test_any_matrix(kernel: Kernel, data: st.DataObject):
 
 
 @settings(deadline=None)
+@given(st.data())
+def test_any_code_length_and_loss(kernel: Kernel, data: st.DataObject):
+    k, m = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 6))
+    code, size = Code(k, m), data.draw(st.integers(1, 5000))
+    lost = data.draw(st.lists(st.integers(0, k + m - 1), min_size=1, max_size=m, unique=True))
+    symbols = np.random.default_rng(size).integers(0, 256, (k + m, size), dtype=np.uint8)
+    apply_with(kernel, code.parity_matrix, list(symbols[:k]), list(symbols[k:]))
+    have = data.draw(st.permutations([i for i in range(k + m) if i not in lost]))[:k]
+    rebuilt = np.zeros((len(lost), size), dtype=np.uint8)
+    apply_with(kernel, code.rebuild_matrix(have, lost), [symbols[i] for i in have], list(rebuilt))
+    assert np.array_equal(rebuilt, symbols[lost])
+
+
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 300), min_size=4, max_size=4), extra=st.integers(0, 50))
 def test_short_inputs_count_as_padded_with_zeros(kernel: Kernel, lengths: list[int], extra: int):
     size = max(*lengths, 1) + extra
@@ -98,9 +112,7 @@ def test_threads_do_not_disturb_each_other(kernel: Kernel, rng: np.random.Genera
     ins = rng.integers(0, 256, (4, 400_000), dtype=np.uint8)
     expected = product(matrix, ins)
     results = [np.zeros((2, 400_000), dtype=np.uint8) for _ in range(4)]
-    threads = [
-        threading.Thread(target=apply_with, args=(kernel, matrix, list(ins), list(r))) for r in results
-    ]
+    threads = [threading.Thread(target=apply_with, args=(kernel, matrix, list(ins), list(r))) for r in results]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -167,9 +179,7 @@ def test_inputs_may_share_memory(kernel: Kernel):
 
 
 def test_the_last_parity_is_a_plain_xor_of_the_others():
-    doublings = [
-        step for step in program(Code(4, 2).parity_matrix.tobytes(), 2, 4).steps if step.op == "double"
-    ]
+    doublings = [step for step in program(Code(4, 2).parity_matrix.tobytes(), 2, 4).steps if step.op == "double"]
     assert {step.dst for step in doublings} != {4, 5}, "one of the two parities needs no doubling"
 
 

@@ -79,9 +79,7 @@ class _Wrong:
         return encode
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("ec_encode_data", "wrong in GF"), ("crc32_iscsi", "wrong CRC32C")]
-)
+@pytest.mark.parametrize(("name", "words"), [("ec_encode_data", "wrong in GF"), ("crc32_iscsi", "wrong CRC32C")])
 def test_a_library_that_computes_wrongly_is_refused(name: str, words: str):
     good = isal.load()
     bad = isal.Library(path="libwrong.so", _dll=_Wrong(good._dll, name))  # pyright: ignore[reportArgumentType]

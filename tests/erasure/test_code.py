@@ -24,9 +24,7 @@ def test_all_products_are_reedsolos():
     assert all(PRODUCTS[a, INVERSES[a]] == 1 for a in range(1, 256))
 
 
-@pytest.mark.parametrize(
-    ("k", "m"), [(1, 1), (1, 4), (2, 1), (3, 2), (4, 2), (8, 2), (10, 4), (16, 4), (200, 55)]
-)
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (1, 4), (2, 1), (3, 2), (4, 2), (8, 2), (10, 4), (16, 4), (200, 55)])
 def test_parity_is_what_reedsolo_appends(k: int, m: int, stripes: Stripes):
     stripe = stripes(k, m, 8)
     assert np.array_equal(product(Code(k, m).parity_matrix, stripe[:k]), stripe[k:])

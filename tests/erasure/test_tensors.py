@@ -30,9 +30,7 @@ def triton_kernel(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def random_tensors(rows: int, size: int, seed: int = 3) -> torch.Tensor:
     """Rows that start on whole lines, as memory from an allocator does."""
     padded = torch.zeros((rows, size + 64 - size % 64), dtype=torch.uint8)
-    padded[:, :size] = torch.from_numpy(
-        np.random.default_rng(seed).integers(0, 256, (rows, size), dtype=np.uint8)
-    )
+    padded[:, :size] = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (rows, size), dtype=np.uint8))
     return padded[:, :size]
 
 
