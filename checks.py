@@ -229,9 +229,7 @@ def loopback() -> Finding:
         fix = "allow TCP on 127.0.0.1 in this sandbox or container: ip link set lo up"
         return Finding(name=name, verdict="fail", found=f"does not work: {error}", fix=fix)
     if not passed:
-        return Finding(
-            name=name, verdict="fail", found="closes early", fix="look for a firewall on 127.0.0.1"
-        )
+        return Finding(name=name, verdict="fail", found="closes early", fix="look for a firewall on 127.0.0.1")
     return Finding(name=name, verdict="ok", found="works")
 
 

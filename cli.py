@@ -77,9 +77,7 @@ def main(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-def _check_faults(
-    context: click.Context, parameter: click.Parameter, faults: tuple[str, ...]
-) -> tuple[str, ...]:
+def _check_faults(context: click.Context, parameter: click.Parameter, faults: tuple[str, ...]) -> tuple[str, ...]:
     from .ckpt.faults import parse_fault
 
     for fault in faults:
@@ -122,6 +120,7 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
     Exit code 3 if weights, optimizer state or any loss differ between the two runs.
     """
     from .ckpt.faults import FaultRangeError
+    from .demo.errors import DemoError
     from .demo.run import DemoConfig, run_demo
 
     config = DemoConfig(tiny=tiny, faults=faults, out=out, json=as_json, seed=seed, steps=steps)
@@ -129,6 +128,8 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
         result = run_demo(config)
     except FaultRangeError as error:
         raise click.BadParameter(str(error), param_hint="'--fault'") from error
+    except DemoError as error:
+        raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps(result.to_json()))
     if not result.bit_identical:
@@ -156,9 +157,7 @@ def doctor(checkpoint_dir: Path | None, as_json: bool) -> None:
     from . import doctor as examination
 
     findings = examination.examine(checkpoint_dir)
-    click.echo(
-        json.dumps(examination.to_json(findings), indent=2) if as_json else examination.to_text(findings)
-    )
+    click.echo(json.dumps(examination.to_json(findings), indent=2) if as_json else examination.to_text(findings))
     if examination.failed(findings):
         sys.exit(FAILED)
 
@@ -224,7 +223,5 @@ def stop(job: str, force: bool) -> None:
     if told == 0:
         others = sorted({node["job"] for node in nodes})
         known = f"here are: {', '.join(others)}" if others else "here is none at all"
-        raise click.ClickException(
-            f"no snapshot process of job {job!r} on this machine; {known}. See: refound status"
-        )
+        raise click.ClickException(f"no snapshot process of job {job!r} on this machine; {known}. See: refound status")
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")

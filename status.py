@@ -106,7 +106,6 @@ def _notes(node: Node) -> list[str]:
         # Without a time: straight from this node's memory, or not done yet.
         took = f" in {duration_text(restored['seconds'])}" if "seconds" in restored else ""
         notes.append(
-            f"{node['node']}: this generation began at step {restored['step']}, "
-            f"from {restored['source']}{took}"
+            f"{node['node']}: this generation began at step {restored['step']}, from {restored['source']}{took}"
         )
     return notes

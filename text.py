@@ -19,6 +19,4 @@ def duration_text(seconds: float) -> str:
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the rows as lines with aligned columns; every row has as many cells as the first."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
