@@ -5,7 +5,6 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +48,6 @@ class PluginConfig:
     """Complete checkpoints to keep; older ones are removed."""
     parity_rate_mb_s: float = 0.0
     """Ceiling on what one node pulls for parity, in MB/s. 0: none."""
-
-    @property
-    def lease(self) -> timedelta:
-        return timedelta(seconds=self.lease_s)
 
 
 def parse(raw: Mapping[str, Any]) -> tuple[PluginConfig, dict[str, Any]]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the snapshot processes of this user put their sockets: one private directory, one folder a job."""
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -26,10 +27,16 @@ def runtime_dir() -> Path:
 def private_dir(path: Path) -> Path:
     """Make `path` a directory that only this user can enter, or say why it is not one.
 
-    Raises ConfigError: it is a link, not a directory, another user's, or open to others.
+    Raises ConfigError: it cannot be made, is a link, not a directory, another user's, or open to others.
     """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
+    try:
+        with contextlib.suppress(FileExistsError):  # what is there is looked at below
+            path.mkdir(mode=0o700, parents=True)
+        info = path.lstat()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} could not be made: {error.strerror}; set REFOUND_DIR to a directory of yours"
+        ) from error
     if not stat.S_ISDIR(info.st_mode):
         raise ConfigError(f"{path} is not a directory; set REFOUND_DIR to a private directory of yours")
     if info.st_uid != os.getuid():

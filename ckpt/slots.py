@@ -10,6 +10,9 @@ import numpy as np
 
 from .errors import SnapshotMemoryError
 
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+
 
 class Segment:
     """Bytes in a memfd, every page of them present before they are first used.
@@ -20,18 +23,20 @@ class Segment:
 
     def __init__(self, name: str, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self.fd = os.memfd_create(f"refound-{name}", os.MFD_CLOEXEC)
+        self.fd = -1
+        self._map: mmap.mmap | None = None
+        self.array = np.empty(0, dtype=np.uint8)
         try:
+            self.fd = os.memfd_create(f"refound-{name}", os.MFD_CLOEXEC)
             if size_bytes:
                 os.posix_fallocate(self.fd, 0, size_bytes)
                 self._map = mmap.mmap(self.fd, size_bytes)
                 self.array = np.frombuffer(self._map, dtype=np.uint8)
-            else:
-                self.array = np.empty(0, dtype=np.uint8)
-        except OSError as error:
-            os.close(self.fd)
+        except (OSError, OverflowError) as error:
+            self.free()
+            reason = error.strerror if isinstance(error, OSError) else "no machine has as much"
             raise SnapshotMemoryError(
-                f"{format_bytes(size_bytes)} of memory for {name} could not be had: {error.strerror}. "
+                f"{format_bytes(size_bytes)} of memory for {name} could not be had: {reason}. "
                 f"{format_bytes(available_bytes())} is available on this node"
             ) from error
 
@@ -43,13 +48,16 @@ class Segment:
         """Give the memory back. Views handed out by `array` keep their pages until they are gone."""
         self.array = np.empty(0, dtype=np.uint8)
         if self.fd >= 0:
-            # Shrinking frees the pages at once, whoever still holds the descriptor. A view of ours that is still in
-            # use must not fault, so the mapping itself is left to the garbage collector.
+            # A view of ours that is still in use must not fault: then its mapping is left to the garbage collector.
             with contextlib.suppress(BufferError):
-                if self.size_bytes:
+                if self._map is not None:
                     self._map.close()
             os.close(self.fd)
             self.fd = -1
+
+    def __del__(self) -> None:
+        # A thread that is cut short between making memory and handing it on must not leak it.
+        self.free()
 
 
 def format_bytes(count: float) -> str:
@@ -71,27 +79,35 @@ def available_bytes() -> int:
 def _cgroup_headroom() -> list[int]:
     """Room under the memory limits of this process's cgroups (v2: all ancestors; v1: the memory controller)."""
     rooms: list[int] = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in _OWN_CGROUPS.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            folder, limit, usage = Path("/sys/fs/cgroup") / path.lstrip("/"), "memory.max", "memory.current"
+            folder, limit, usage, kind = _CGROUPS / path.lstrip("/"), "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
-            folder, limit, usage = (
-                Path("/sys/fs/cgroup/memory") / path.lstrip("/"),
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-            )
+            folder, kind = _CGROUPS / "memory" / path.lstrip("/"), "total_"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        while folder.is_relative_to("/sys/fs/cgroup"):
-            rooms += _headroom(folder / limit, folder / usage)
+        while folder.is_relative_to(_CGROUPS):
+            rooms += _headroom(folder / limit, folder / usage, kind)
             folder = folder.parent
     return rooms
 
 
-def _headroom(limit_file: Path, usage_file: Path) -> list[int]:
+def _headroom(limit_file: Path, usage_file: Path, kind: str) -> list[int]:
     try:
         limit, usage = limit_file.read_text().strip(), usage_file.read_text().strip()
     except OSError:
         return []  # the root cgroup has no limit file, and a container may not see its own
-    return [] if limit == "max" else [max(0, int(limit) - int(usage))]
+    if limit == "max":
+        return []
+    # Usage counts the page cache, which a long-lived container lets grow to its limit and the kernel gives back.
+    return [max(0, int(limit) - max(0, int(usage) - _cached_bytes(limit_file.parent / "memory.stat", kind)))]
+
+
+def _cached_bytes(stat_file: Path, kind: str) -> int:
+    try:
+        pairs = dict(line.split(" ", 1) for line in stat_file.read_text().splitlines())
+    except OSError:
+        return 0
+    return sum(int(pairs.get(f"{kind}{name}", 0)) for name in ("active_file", "inactive_file"))
