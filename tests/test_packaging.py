@@ -19,7 +19,7 @@ FLOORS: dict[str, set[str]] = {
     "erasure": set(),
     "export": set(),
     "ckpt": {"erasure"},
-    "demo": {"erasure", "ckpt", ""},  # its training script is written as a user's: `import refound`
+    "demo": {"erasure", "ckpt", "protect"},  # the root's `protect` is that of ckpt
 }
 NOT_PACKAGED = {"tests", "benchmarks", "examples", "docs", "build", "dist", "runs"}
 
