@@ -82,8 +82,11 @@ class NodeView:
             raw = json.loads(text)
             held = tuple(_held_from(entry) for entry in raw.pop("held"))
             checkpoints = tuple(SnapshotId(**entry) for entry in raw.pop("checkpoints"))
-            return cls(**raw, held=held, checkpoints=checkpoints)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            view = cls(**raw, held=held, checkpoints=checkpoints)
+            if not _is_well_formed(view):
+                raise ValueError("a part of it has the wrong type or is out of range")
+            return view
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ProtocolError("a node published something that is not its view of the snapshots") from error
 
 
@@ -98,6 +101,28 @@ def _held_from(raw: dict[str, Any]) -> HeldView:
             "damaged_data": tuple(raw["damaged_data"]),
             "damaged_parity": damaged_parity,
         }
+    )
+
+
+def _is_well_formed(view: NodeView) -> bool:
+    texts = (view.name, view.address, view.nonce, view.secret_check)
+    ids = [*view.checkpoints, *(held.id for held in view.held)]
+    counts = [view.port, view.generation, *(number for i in ids for number in (i.generation, i.step))]
+    numbers = [view.k, view.m]
+    for held in view.held:
+        if not (isinstance(held.data, bool) and isinstance(held.parity, bool)):
+            return False
+        sizes = [size for ranks in held.sizes.values() for size in ranks.values()]
+        if any(size % BUCKET_BYTES for size in sizes):
+            return False
+        numbers += [held.k, held.m]
+        counts += [held.position, held.nodes, held.world_size, *held.sizes, *sizes, *held.damaged_data]
+        counts += [number for pair in held.damaged_parity for number in pair]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int) for number in (*numbers, *counts))
+        and all(number >= 0 for number in counts)
+        and all(held.position < held.nodes for held in view.held)
     )
 
 
@@ -179,11 +204,11 @@ def _newest_in_memory(
 ) -> tuple[SnapshotId | None, dict[int, tuple[str, HeldView]]]:
     """The newest snapshot that can be restored, and who holds which position of it."""
     for candidate in sorted({held.id for view in views for held in view.held}, reverse=True):
+        claims = [(view.name, held) for view in views for held in view.held if held.id == candidate]
         holders: dict[int, tuple[str, HeldView]] = {}
-        for view in sorted(views, key=lambda v: v.name):
-            for held in view.held:
-                if held.id == candidate:
-                    holders.setdefault(held.position, (view.name, held))
+        for name, held in sorted(claims, key=_least_lost):
+            # A node that was given up and replaced may come back with the position its replacement holds.
+            holders.setdefault(held.position, (name, held))
         reason = why_not(len(views), {position: held for position, (_, held) in holders.items()})
         if not reason:
             return candidate, holders
@@ -191,22 +216,37 @@ def _newest_in_memory(
     return None, {}
 
 
+def _least_lost(claim: tuple[str, HeldView]) -> tuple[bool, int, bool, int, str]:
+    name, held = claim
+    return not held.data, len(held.damaged_data), not held.parity, len(held.damaged_parity), name
+
+
 def why_not(nodes: int, views: dict[int, HeldView]) -> str:
     """Why a snapshot cannot be restored on `nodes` nodes from these holdings; empty if it can."""
     sample = next(iter(views.values()))
     if sample.nodes != nodes:
         return f"it was taken by {sample.nodes} nodes and {nodes} are here"
-    known = {position: sizes for view in views.values() for position, sizes in view.sizes.items()}
+    known: dict[int, dict[int, int]] = {}
+    for view in views.values():
+        agreed = all(known.setdefault(p, sizes) == sizes for p, sizes in view.sizes.items())
+        if not agreed or _shape(view) != _shape(sample):
+            return "its holders disagree about how it was taken"
     for group in sample.groups:
         if reason := _group_why_not(group, views, known):
             return reason
     return ""
 
 
+def _shape(view: HeldView) -> tuple[int, ...]:
+    return view.nodes, view.world_size, view.k, view.m
+
+
 def _group_why_not(group: Group, views: dict[int, HeldView], known: dict[int, dict[int, int]]) -> str:
     missing = [p for p in group.members if p not in views or not views[p].data]
     if not missing and not any(views[p].damaged_data for p in group.members):
         return ""
+    if not group.m and not missing:
+        return "it is damaged and there is no parity to rebuild it from"
     if len(missing) > group.m:
         return f"{len(missing)} of {group.n} nodes are without it and (k={group.k}, m={group.m}) covers {group.m}"
     if unknown := [p for p in group.members if p not in known]:
