@@ -49,7 +49,13 @@ class Attachment:
         return int(reply["generation"])
 
     def alive(self) -> bool:
+        """Whether the snapshot process is still there."""
         return self._client.alive()
+
+    @property
+    def lease_s(self) -> float:
+        """How long the memory is kept when the agent has gone."""
+        return self._conf.lease_s
 
     def leave(self, *, success: bool) -> None:
         """The agent is about to end. After success nothing of the job is needed any more."""

@@ -74,6 +74,8 @@ def discard(root: Path, snapshot: SnapshotId) -> None:
 
 def _remove_old(root: Path, keep: int) -> None:
     complete = complete_checkpoints(root)
+    if not complete:
+        return
     for snapshot in complete[:-keep]:
         folder = directory_of(root, snapshot)
         # The commit file goes first: a removal cut short leaves no checkpoint, rather than part of one.

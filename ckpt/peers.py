@@ -133,7 +133,7 @@ class PeerServer:
         *,
         prepared: Callable[[SnapshotId], None],
         committed: Callable[[SnapshotId, bool], None],
-        persisted: Callable[[SnapshotId, int], None],
+        persisted: Callable[..., None],
     ) -> None:
         self._keeper = keeper
         self._prepared, self._committed, self._persisted = prepared, committed, persisted
@@ -196,7 +196,7 @@ class PeerServer:
         elif op == "commit":
             self._committed(snapshot, bool(message.get("persist")))
         elif op == "persisted":
-            self._persisted(snapshot, _integer(message, "position"))
+            self._persisted(snapshot, _integer(message, "position"), durable=message.get("durable") is True)
         elif op == "record":
             with self._keeper.changed:
                 held = self._keeper.held.get(snapshot)

@@ -8,11 +8,13 @@ every round: torchrun's shared one keeps the addresses of dead workers and break
 """
 
 import atexit
+import errno
 import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed import DistStoreError, PrefixStore  # pyright: ignore[reportPrivateImportUsage]
@@ -57,6 +59,7 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
         conf, torch_conf = parse(params.config)
         if params.min_nodes == params.max_nodes:
             choose_groups(params.max_nodes, conf.k, conf.m)
+        _check_checkpoint_dir(conf.checkpoint_dir)
         address = params.local_addr or _address_towards(params.endpoint)
         attachment = attach(params.run_id, address, conf)
     inner = RendezvousParameters(
@@ -78,6 +81,8 @@ class RefoundRendezvous(RendezvousHandler):
     def __init__(self, inner: RendezvousHandler, attachment: Attachment, address: str) -> None:
         self._inner, self._attachment, self._address = inner, attachment, address
         self._outcome = _Outcome.watch()
+        self._left = False
+        atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
         os.environ[_NO_SHARED_STORE] = "1"  # read by the wrapped handler
         global _active
         _active = True
@@ -139,11 +144,13 @@ class RefoundRendezvous(RendezvousHandler):
     def shutdown(self) -> bool:
         """Close the rendezvous. The snapshots go only if the workers have succeeded."""
         closed = self._inner.shutdown()
-        if self._attachment.alive():
-            self._attachment.leave(success=self._outcome.success)
-        if not self._outcome.success:
-            _say_kept(self._attachment)
+        self._leave()
         return closed
+
+    def _leave(self) -> None:
+        if not self._left:
+            self._left = True
+            _leave(self._attachment, success=self._outcome.success)
 
 
 _active = False  # whether this agent has the rendezvous door, so that the logs-specs door stays shut
@@ -174,10 +181,11 @@ class RefoundLogsSpecs(DefaultLogsSpecs):
             raise ConfigError("--logs-specs=refound is for one node; with several, use --rdzv-backend=refound")
         if self._attachment is None:
             conf, _ = parse(_conf_from_environment())
+            _check_checkpoint_dir(conf.checkpoint_dir)
             # --standalone makes up a new run id every time; a name of one's own lets a later launch go on.
             job = os.environ.get(JOB_ENV) or first["TORCHELASTIC_RUN_ID"]
             self._attachment = attach(job, "127.0.0.1", conf)
-            atexit.register(self._leave)
+            atexit.register(lambda: _leave(self._attachment, success=self._outcome.success))
         elif not self._attachment.alive():
             self._attachment.restart()
         view = self._attachment.inventory()
@@ -185,13 +193,6 @@ class RefoundLogsSpecs(DefaultLogsSpecs):
         _announce(decide([view]), 0)
         for environment in envs.values():
             environment.update(worker_environment(self._attachment, generation))
-
-    def _leave(self) -> None:
-        assert self._attachment is not None
-        if self._attachment.alive():
-            self._attachment.leave(success=self._outcome.success)
-        if not self._outcome.success:
-            _say_kept(self._attachment)
 
 
 def _conf_from_environment() -> dict[str, str]:
@@ -237,6 +238,19 @@ class _plain_errors:
             raise SystemExit(2) from error
 
 
+def _check_checkpoint_dir(directory: str) -> None:
+    """Better now than at the first checkpoint."""
+    if directory:
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it cannot be written to", directory)
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoint_dir={directory}: {error.strerror}; name a directory you can write"
+            ) from error
+
+
 def _announce(decision: Any, rank: int) -> None:
     """Say, on one node, where training goes on from and why not from something newer."""
     if rank == 0 and (decision.snapshot is not None or decision.notes):
@@ -251,13 +265,18 @@ def _announce(decision: Any, rank: int) -> None:
         print(f"refound: going on from {where[decision.source]}{step}", file=sys.stderr, flush=True)
 
 
-def _say_kept(attachment: Attachment) -> None:
-    print(
-        f"refound: the snapshots of job {attachment.job!r} stay in memory for now; run the same command to go on, "
-        f"or free them with: refound stop {attachment.job}",
-        file=sys.stderr,
-        flush=True,
-    )
+def _leave(attachment: Attachment | None, *, success: bool) -> None:
+    """The agent ends. Only the success of its workers frees their snapshots."""
+    if attachment is None or not attachment.alive():
+        return
+    attachment.leave(success=success)
+    if not success:
+        print(
+            f"refound: the snapshots of job {attachment.job!r} stay in memory for {attachment.lease_s:.0f} s; run the "
+            f"same command to go on, or free them with: refound stop {attachment.job}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _address_towards(endpoint: str) -> str:

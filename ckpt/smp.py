@@ -24,12 +24,13 @@ from .door import Door
 from .errors import ProtocolError, SnapshotError
 from .exchange import Exchange
 from .keeper import Keeper
-from .lead import CheckpointWriter, Control
+from .lead import Control
 from .paths import private_dir, socket_path
 from .peers import PeerServer
 from .recovery import Recovery
 from .restore import Restore
 from .wire import Message
+from .writer import CheckpointWriter
 
 _TICK_S = 0.5
 _DRAIN_S = 120.0
@@ -51,7 +52,7 @@ class Process:
             address,
             prepared=lambda snapshot: self._with_control().everyone_prepared(snapshot),
             committed=lambda snapshot, persist: self._with_control().committed(snapshot, persist),
-            persisted=self._writer.note_persisted,
+            persisted=self._writer.note_part,
         )
         self._path = socket_path(job, node)
         self._door = Door(
@@ -109,6 +110,7 @@ class Process:
         decision = decide(views)
         key = wire.generation_key(secret, decision.nodes[0].nonce)
         baseline = self.keeper.open(decision, key)
+        self._writer.new_generation(decision.snapshot.step if decision.snapshot else 0)
         self._restore = Restore(self.keeper, decision, key)
         self._control = Control(self.keeper, decision, key, self._writer)
         self._control.start()
@@ -133,6 +135,8 @@ class Process:
                 self.keeper.event("lease over", lease_s=self.keeper.conf.lease_s)
                 break
         self._writer.drain(_DRAIN_S)
+        if self._control is not None:
+            self._control.drain(_DRAIN_S)
         self._path.unlink(missing_ok=True)
         log_path(self._path).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # other nodes of the job on this host still use the folder
