@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directories that are built once and then only read: whole under their final name, or not there at all."""
 
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import CacheWriteError
@@ -26,7 +26,7 @@ def cached_directory(name: str, build: Callable[[Path], None], root: Path | None
     which the next one clears away.
 
     Raises:
-        CacheWriteError: if `root` cannot be written. Whatever `build` raises passes through, and nothing stays.
+        CacheWriteError: if `root` cannot be written or is full. Whatever else `build` raises passes through.
     """
     root = root or cache_root()
     final = root / name
@@ -34,23 +34,14 @@ def cached_directory(name: str, build: Callable[[Path], None], root: Path | None
         return final
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _only_builder(root / f".{name}.lock"):
-            if not final.is_dir():
-                _build(final, build)
-    except PermissionError as error:
-        raise CacheWriteError(
-            f"cannot write {error.filename or root}: {error.strerror}. "
-            "Nothing was built; set XDG_CACHE_HOME to a directory that you can write, and run again"
-        ) from error
+        lock = (root / f".{name}.lock").open("w")
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it with its holder, so a killed builder blocks nobody
+        if not final.is_dir():
+            _build(final, build)
     return final
-
-
-@contextmanager
-def _only_builder(lock: Path) -> Iterator[None]:
-    # The kernel drops the lock with its holder, so a killed builder blocks nobody.
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _build(final: Path, build: Callable[[Path], None]) -> None:
@@ -62,8 +53,19 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
         _sync(part)
         part.rename(final)
         _sync_one(final.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _unwritable(final.parent, error) from error
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _unwritable(root: Path, error: OSError) -> CacheWriteError:
+    return CacheWriteError(
+        f"cannot write into the cache {root}: {error.strerror}. "
+        "Nothing was left behind; set XDG_CACHE_HOME to a directory with room that you can write, and run again"
+    )
 
 
 def _sync(directory: Path) -> None:

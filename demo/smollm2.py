@@ -66,13 +66,14 @@ def convert_smollm2(directory: Path) -> None:
         raise DemoPackageError(error.name or "transformers") from error
 
     reader = gguf.GGUFReader(package / GGUF_FILE)
-    config = _config(reader)
+    config = read_config(reader)
     config.save_pretrained(directory)
-    save_file(_weights(reader, config), directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(read_weights(reader, config), directory / "model.safetensors", metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(package, gguf_file=GGUF_FILE).save_pretrained(directory)
 
 
-def _config(reader: "gguf.GGUFReader") -> "LlamaConfig":
+def read_config(reader: "gguf.GGUFReader") -> "LlamaConfig":
+    """The Hugging Face configuration of a GGUF file of a Llama with tied embeddings."""
     from transformers.models.llama.configuration_llama import LlamaConfig
 
     def field(name: str) -> Any:
@@ -96,7 +97,8 @@ def _config(reader: "gguf.GGUFReader") -> "LlamaConfig":
     )
 
 
-def _weights(reader: "gguf.GGUFReader", config: "LlamaConfig") -> "dict[str, torch.Tensor]":
+def read_weights(reader: "gguf.GGUFReader", config: "LlamaConfig") -> "dict[str, torch.Tensor]":
+    """The weights of such a file under their Hugging Face names, dequantized and rounded to bfloat16."""
     import gguf
     import torch
 
