@@ -5,8 +5,8 @@
 
 Starts one snapshot process a node on loopback, fills a slot on each, and times from the last shard's completion to
 the commit on all nodes: announcing, pulling, checking, coding, checksumming the parity, agreeing. The uncoded
-contender pulls exactly the same ranges from the same processes by the same requests, checks and codes nothing, and
-throws them away. By turns in one run; the ratio is the median over rounds.
+contender pulls the same data chunks from the same processes by the same requests, checks and codes nothing, and
+throws them away (with m > 1 the coded one also hands m - 1 rows on). By turns in one run; the ratio is the median over rounds.
 """
 
 import argparse
@@ -100,6 +100,8 @@ def pull(decision: Decision, key: bytes, position: int, buckets: int, steps: Any
     while (step := steps.get()) is not None:
         snapshot = SnapshotId(generation=decision.generation, step=step)
         for stripe in group.parity_stripes(position - group.first):
+            if group.first + stripe.parity[0] != position:
+                continue  # another node encodes it
             asks = []
             for start in range(0, chunk, PIECE_BUCKETS):
                 for member in stripe.data:

@@ -19,6 +19,7 @@ from .errors import DamageError, SnapshotError, StaleWriterError
 from .held import Held, bucket_checksums, record_buckets, record_checksums
 from .keeper import Keeper
 from .peers import Peers, read_message
+from .slots import Segment
 from .stripes import BUCKET_BYTES, Stripe
 
 PIECE_BUCKETS = 4
@@ -97,22 +98,63 @@ class Exchange:
                 self._keeper.changed.wait()
 
     def _code_own_parity(self, held: Held) -> None:
-        keeper, code = self._keeper, Code(held.group.k, held.group.m)
+        """Encode the stripe whose first parity lies here, hand its other rows on, and fetch this node's of others.
+
+        So each chunk crosses the network once, to one encoder, instead of once for every row of parity:
+        1 + (m-1)/k times the state a snapshot, not m times (docs/design/001).
+        """
+        keeper = self._keeper
         stripes = held.group.parity_stripes(held.index)
         segments = keeper.parity_memory(len(stripes), held.chunk * BUCKET_BYTES)
         sums = [np.empty(held.chunk, np.uint32) for _ in stripes]
-        for stripe, segment, own_sums in zip(stripes, segments, sums, strict=True):
-            row = code.parity_matrix[[stripe.parity.index(held.index)]]
-            started, pulled = time.monotonic(), 0
-            for piece in pulled_pieces(self._peers, held, stripe, PIECE_BUCKETS):
-                out = segment.array[piece.start * BUCKET_BYTES : (piece.start + piece.count) * BUCKET_BYTES]
-                apply(row, piece.data, [out])
-                own_sums[piece.start : piece.start + piece.count] = bucket_checksums(out)
-                pulled += sum(len(data) for data in piece.data)
-                self._pace(pulled, started)
+        mine = next(i for i, stripe in enumerate(stripes) if stripe.parity[0] == held.index)
+        self._encode(held, stripes[mine], segments[mine], sums[mine])
+        for index, stripe in enumerate(stripes):
+            if index != mine:
+                self._fetch_row(held, stripe, segments[index], sums[index])
         with keeper.changed:
             self._peers.check()
             held.parity, held.parity_checksums, held.parity_complete = segments, sums, True
+
+    def _encode(self, held: Held, stripe: Stripe, own: Segment, own_sums: np.ndarray) -> None:
+        """All m rows of one stripe in one pass over its data; row 0 is this node's."""
+        keeper, m = self._keeper, held.group.m
+        matrix = Code(held.group.k, m).parity_matrix
+        others = keeper.parity_memory(m - 1, held.chunk * BUCKET_BYTES) if m > 1 else []
+        sums = [own_sums, *(np.empty(held.chunk, np.uint32) for _ in others)]
+        with keeper.changed:
+            held.handed_on, held.handed_on_checksums = others, sums[1:]
+        started, pulled = time.monotonic(), 0
+        for piece in pulled_pieces(self._peers, held, stripe, PIECE_BUCKETS):
+            end = piece.start + piece.count
+            outs = [segment.array[piece.start * BUCKET_BYTES : end * BUCKET_BYTES] for segment in (own, *others)]
+            apply(matrix, piece.data, outs)
+            for row_sums, out in zip(sums, outs, strict=True):
+                row_sums[piece.start : end] = bucket_checksums(out)
+            if others:
+                with keeper.changed:
+                    held.handed_on_buckets = end
+                    keeper.changed.notify_all()
+            pulled += sum(len(data) for data in piece.data)
+            self._pace(pulled, started)
+
+    def _fetch_row(self, held: Held, stripe: Stripe, segment: Segment, sums: np.ndarray) -> None:
+        """This node's row of a stripe that another node encodes, as far as that has come."""
+        row, encoder = stripe.parity.index(held.index), held.group.first + stripe.parity[0]
+        for start in range(0, held.chunk, PIECE_BUCKETS):
+            count = min(PIECE_BUCKETS, held.chunk - start)
+            array, checksums = self._checked_row(held, encoder, row, start, count)
+            segment.array[start * BUCKET_BYTES : (start + count) * BUCKET_BYTES] = array
+            sums[start : start + count] = checksums
+
+    def _checked_row(self, held: Held, encoder: int, row: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        for _ in range(_DAMAGE_RETRIES + 1):
+            reply, data = self._peers.request(encoder, read_message(held.id, "row", row, start, count))
+            array = np.frombuffer(data, np.uint8)
+            checksums = bucket_checksums(array)
+            if len(array) == count * BUCKET_BYTES and checksums.tolist() == reply.get("crc32c"):
+                return array, checksums
+        raise DamageError(f"parity of {held.id} from position {encoder} fails its checksums")
 
     def _pace(self, pulled_bytes: int, started: float) -> None:
         if rate := self._keeper.conf.parity_rate_mb_s * 1e6:

@@ -88,6 +88,11 @@ class Held:
         self.parity_checksums: list[np.ndarray] = []
         self.data_complete = False
         self.parity_complete = not self.group.m
+        self.handed_on: list[Segment] = []
+        """Parity rows 1..m-1 of the stripe that this node encodes, for the nodes that keep them."""
+        self.handed_on_checksums: list[np.ndarray] = []
+        self.handed_on_buckets = 0
+        """How much of each of them is ready."""
         self.committed = False
         self.damaged_data: set[int] = set()
         self.damaged_parity: set[tuple[int, int]] = set()

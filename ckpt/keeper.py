@@ -329,6 +329,8 @@ class Keeper:
             if held is None or (self.committed and snapshot <= self.committed):
                 return
             held.committed = True
+            self._spare(held.handed_on, held.group.m)  # all nodes have fetched their rows
+            held.handed_on = []
             self.committed, self.committed_at = snapshot, time.time()
             self.snapshots += 1
             if (completed := self._completed_at.pop(snapshot, None)) is not None:
@@ -367,16 +369,16 @@ class Keeper:
             threading.Thread(target=self._drop_when_unpinned, args=(held,), daemon=True).start()
             return
         self.held.pop(held.id, None)
-        self._spare(held.parity)
+        self._spare(held.parity + held.handed_on, held.group.m)
         pooled = {id(segment) for pool in self.pools.values() for segment in pool}
         for segment in held.shards.values():
             if id(segment) not in pooled:
                 segment.free()
 
-    def _spare(self, segments: list[Segment]) -> None:
+    def _spare(self, segments: list[Segment], m: int) -> None:
         """Keep parity memory for the next snapshot: making pages costs more than filling them."""
         self.spare_parity += segments
-        while len(self.spare_parity) > _SLOTS * max(1, len(segments)):
+        while len(self.spare_parity) > 2 * m - 1:  # what one snapshot takes: m of its own, m - 1 to hand on
             self.spare_parity.pop(0).free()
 
     def parity_memory(self, count: int, size_bytes: int) -> list[Segment]:

@@ -19,6 +19,7 @@ from .agreement import Decision, SnapshotId
 from .errors import ProtocolError, SnapshotError, StaleWriterError
 from .held import Held, Record, pack_record, unpack_record
 from .keeper import Keeper
+from .slots import Segment
 from .stripes import BUCKET_BYTES
 from .wire import Message
 
@@ -27,6 +28,9 @@ _REPLY_TIMEOUT = timedelta(seconds=60)
 _SEND_TIMEOUT = timedelta(seconds=60)
 _RETRY_PAUSE = timedelta(milliseconds=20)
 MAX_READ_BUCKETS = 64
+
+Part = tuple[int, int, int]
+"""Bytes in a memfd: descriptor, first byte, count."""
 
 
 class Peers:
@@ -100,7 +104,8 @@ class Peers:
 
 
 def read_message(snapshot: SnapshotId, kind: str, index: int, start: int, count: int) -> Message:
-    """Ask for buckets [start, start+count) of a node's vector (kind "data") or of its parity chunk `index`."""
+    """Ask for buckets [start, start+count) of a node's vector (kind "data"), of its parity chunk `index`
+    (kind "parity"), or of row `index` of the stripe that it encodes (kind "row")."""
     return {
         "op": "read",
         "generation": snapshot.generation,
@@ -218,24 +223,46 @@ class PeerServer:
         if held is None:
             raise SnapshotError(f"{snapshot} is not held here")
         try:
-            parts = self._parts(held, kind, index, start, count)
-            wire.send_head(sock, {}, sum(size for _, _, size in parts))
+            parts, checksums = self._parts(held, kind, index, start, count)
+            wire.send_head(sock, {"crc32c": checksums}, sum(size for _, _, size in parts))
             for fd, offset, size in parts:
                 _send_file(sock, fd, offset, size)
         finally:
             self._keeper.unpin(held)
 
-    def _parts(self, held: Held, kind: object, index: int, start: int, count: int) -> list[tuple[int, int, int]]:
+    def _parts(self, held: Held, kind: object, index: int, start: int, count: int) -> tuple[list[Part], list[int]]:
+        """Where the buckets lie, and the checksums of those whose reader cannot know them (rows of parity)."""
         with self._keeper.changed:
             if kind == "data" and held.data_complete:
-                return [(segment.fd, offset, size) for segment, offset, size in held.data_views(start, count)]
+                return [(segment.fd, offset, size) for segment, offset, size in held.data_views(start, count)], []
             if kind == "parity" and held.parity_complete and index < len(held.parity):
-                segment = held.parity[index]
-                low, high = start * BUCKET_BYTES, min((start + count) * BUCKET_BYTES, segment.size_bytes)
-                return [(segment.fd, low, max(0, high - low))]
+                return [_bucket_range(held.parity[index], start, count)], []
+            if kind == "row" and 1 <= index < held.group.m and start + count <= held.chunk:
+                return self._row(held, index, start, count)
             if kind in ("data", "parity") and index < max(1, held.group.m):
                 raise _NotYetError(f"{kind} of {held.id} is not complete here yet")
         raise SnapshotError(f"{kind} {index} of {held.id} is not here")
+
+    def _row(self, held: Held, index: int, start: int, count: int) -> tuple[list[Part], list[int]]:
+        """Wait until this node has encoded so much of the stripe whose parity rows it hands on."""
+        generation = self._keeper.generation
+        self._keeper.changed.wait_for(
+            lambda: (
+                held.handed_on_buckets >= start + count
+                or not self._keeper.is_open
+                or self._keeper.generation != generation
+            )
+        )
+        self._keeper.check_open(generation)
+        if not held.handed_on:
+            raise SnapshotError(f"the rows of {held.id} have been handed on already")
+        checksums = held.handed_on_checksums[index - 1][start : start + count]
+        return [_bucket_range(held.handed_on[index - 1], start, count)], [int(value) for value in checksums]
+
+
+def _bucket_range(segment: Segment, start: int, count: int) -> Part:
+    low, high = start * BUCKET_BYTES, min((start + count) * BUCKET_BYTES, segment.size_bytes)
+    return segment.fd, low, max(0, high - low)
 
 
 def _send_file(sock: socket.socket, fd: int, offset: int, size: int) -> None:
