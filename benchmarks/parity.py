@@ -6,7 +6,8 @@
 Starts one snapshot process a node on loopback, fills a slot on each, and times from the last shard's completion to
 the commit on all nodes: announcing, pulling, checking, coding, checksumming the parity, agreeing. The uncoded
 contender pulls the same data chunks from the same processes by the same requests, checks and codes nothing, and
-throws them away (with m > 1 the coded one also hands m - 1 rows on). By turns in one run; the ratio is the median over rounds.
+throws them away (with m > 1 the coded one also hands m - 1 rows on). By turns in one run; the ratio is the median
+over rounds.
 """
 
 import argparse
