@@ -67,7 +67,11 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series],
             f'<text x="{x}" y="{_TOP - 4}" text-anchor="middle">{escape(mark.label)}</text></g>'
         )
     for line in series:
-        parts.append(_line(line, [place(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)]))
+        tips = line.tips or ("",) * len(line.points)
+        finite = [
+            (place(*point), tip) for point, tip in zip(line.points, tips, strict=True) if all(map(math.isfinite, point))
+        ]
+        parts.append(_line(line, finite))
     return "\n".join([*parts, "</svg>"])
 
 
@@ -83,9 +87,10 @@ def ticks(values: Sequence[float]) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def _line(line: Series, places: Sequence[tuple[float, float]]) -> str:
-    path = " ".join(f"{x},{y}" for x, y in places)
+def _line(line: Series, dots: Sequence[tuple[tuple[float, float], str]]) -> str:
+    path = " ".join(f"{x},{y}" for (x, y), _ in dots)
     parts = [f'<g class="{escape(line.style)}"><title>{escape(line.name)}</title><polyline points="{path}"/>']
-    for (x, y), tip in zip(places, line.tips, strict=False):
-        parts.append(f'<circle cx="{x}" cy="{y}" r="3"><title>{escape(tip)}</title></circle>')
+    for (x, y), tip in dots:
+        if tip:
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3"><title>{escape(tip)}</title></circle>')
     return "".join([*parts, "</g>"])

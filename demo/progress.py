@@ -19,7 +19,7 @@ class Progress:
         self._stream = stream
         self._rewrites = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._began_s = time.monotonic()
-        self._shown_step = -1
+        self._shown: StepRecord | None = None
 
     def say(self, text: str) -> None:
         """An event: a line that stays."""
@@ -34,9 +34,9 @@ class Progress:
         if self._rewrites:
             width = os.get_terminal_size(self._stream.fileno()).columns
             self._write(_CLEAR_LINE + f"{time.monotonic() - self._began_s:6.1f} s  {line}"[: width - 1])
-        elif last is not None and last.step != self._shown_step:
+        elif last is not None and last != self._shown:
             self.say(line)
-        self._shown_step = last.step if last else -1
+        self._shown = last
 
     def close(self) -> None:
         """Leaves the stream at the beginning of a line."""
