@@ -45,6 +45,8 @@ class Keeper:
         self.key: bytes | None = None
         self.nonce = secrets.token_hex(16)
         self.held: dict[SnapshotId, Held] = {}
+        self.doomed: list[Held] = []
+        """Snapshots that are no longer held but still read."""
         self.committed: SnapshotId | None = None
         self.committed_at = 0.0
         self.workers: dict[int, Worker] = {}
@@ -86,7 +88,7 @@ class Keeper:
             for held in self.held.values():
                 held.verify()
             self._log_damage()
-            return [held.view() for held in self.held.values() if held.data_complete or held.parity_complete]
+            return [held.view() for held in self.held.values() if held.data_complete or held.parity]
 
     def _log_damage(self) -> None:
         for held in self.held.values():
@@ -97,7 +99,7 @@ class Keeper:
     def _abandon_slots(self, rank: int) -> None:
         """A writer that cannot be killed may still scribble: its slots are never used or believed again."""
         self.pools.pop(rank, None)
-        for held in self.held.values():
+        for held in self.in_memory():
             if held.shards.pop(rank, None) is not None:
                 held.data_complete = False
 
@@ -202,22 +204,28 @@ class Keeper:
 
     def _free_slot(self, rank: int, size_bytes: int) -> tuple[Segment | None, bool]:
         """A slot nobody needs, or None and whether another may be allocated."""
-        self._trim(rank, size_bytes)
+        # A snapshot that a checkpoint or a recovery still reads does not hold training up: a third slot does its work.
+        pinned = any(held.pins and rank in held.shards for held in self.in_memory())
+        limit = _SLOTS + int(pinned)
+        self._trim(rank, size_bytes, limit)
         pool = [segment for segment in self.pools.get(rank, []) if segment.size_bytes == size_bytes]
-        used = {id(held.shards.get(rank)) for held in self.held.values()}
+        used = {id(held.shards.get(rank)) for held in self.in_memory()}
         if free := [segment for segment in pool if id(segment) not in used]:
             return free[0], False
-        # A snapshot that a checkpoint or a recovery still reads does not hold training up: a third slot does its work.
-        pinned = sum(held.pins > 0 and rank in held.shards for held in self.held.values())
-        return None, len(pool) < _SLOTS + min(pinned, 1)
+        return None, len(pool) < limit
 
-    def _trim(self, rank: int, size_bytes: int) -> None:
-        used = {id(held.shards.get(rank)) for held in self.held.values()}
+    def in_memory(self) -> list[Held]:
+        """All snapshots whose memory is in use: those held, and those only still read. For holders of the lock."""
+        return [*self.held.values(), *self.doomed]
+
+    def _trim(self, rank: int, size_bytes: int, limit: int) -> None:
+        """Free the slots that nothing uses and nothing will."""
+        used = {id(held.shards.get(rank)) for held in self.in_memory()}
         pool = self.pools.get(rank, [])
         spare = [segment for segment in pool if id(segment) not in used]
         extra = [segment for segment in spare if segment.size_bytes != size_bytes]
-        if len(pool) - len(extra) > _SLOTS:
-            extra += [segment for segment in spare if segment not in extra][: len(pool) - len(extra) - _SLOTS]
+        fitting = [segment for segment in spare if segment.size_bytes == size_bytes]
+        extra += fitting[: max(0, len(pool) - len(extra) - limit)]
         for segment in extra:
             pool.remove(segment)
             segment.free()
@@ -291,7 +299,7 @@ class Keeper:
     def offered(self, snapshot: SnapshotId, position: int, record: Record, worker_world: int) -> None:
         """Another member of the group says what its shards of `snapshot` are."""
         with self.changed:
-            if self.committed and snapshot <= self.committed:
+            if not self._is_news(snapshot):
                 return
             if snapshot not in self.held:
                 assert self.decision is not None
@@ -307,10 +315,17 @@ class Keeper:
             self.held[snapshot].records[position] = record
             self.changed.notify_all()
 
+    def _is_news(self, snapshot: SnapshotId) -> bool:
+        """Whether word of `snapshot` still counts: its generation is open and nothing newer is committed."""
+        current = self.is_open and snapshot.generation == self.generation
+        return current and (self.committed is None or snapshot > self.committed)
+
     def note_prepared(self, snapshot: SnapshotId, position: int, replica_checks: dict[str, int]) -> bool:
         """At the lead: `position` holds all of `snapshot`. True when that was the last one to say so."""
         with self.changed:
             assert self.decision is not None
+            if not self._is_news(snapshot):
+                return False
             try:
                 _merge_checks(self.replica_checks.setdefault(snapshot, {}), replica_checks)
             except SnapshotError as error:
@@ -326,7 +341,7 @@ class Keeper:
         """All nodes hold `snapshot`: it is what a restart goes back to, and everything older may go."""
         with self.changed:
             held = self.held.get(snapshot)
-            if held is None or (self.committed and snapshot <= self.committed):
+            if not self._is_news(snapshot) or held is None:
                 return
             held.committed = True
             self._spare(held.handed_on, held.group.m)  # all nodes have fetched their rows
@@ -360,15 +375,20 @@ class Keeper:
     def unpin(self, held: Held) -> None:
         with self.changed:
             held.pins -= 1
+            if not held.pins and held in self.doomed:
+                self.doomed.remove(held)
+                self._release(held)
             self.changed.notify_all()
 
     def _drop(self, held: Held) -> None:
         """Forget a snapshot. If something still reads it, its memory stays until the reader is done."""
-        if held.pins:
-            self.changed.notify_all()
-            threading.Thread(target=self._drop_when_unpinned, args=(held,), daemon=True).start()
-            return
         self.held.pop(held.id, None)
+        if held.pins:
+            self.doomed.append(held)
+        else:
+            self._release(held)
+
+    def _release(self, held: Held) -> None:
         self._spare(held.parity + held.handed_on, held.group.m)
         pooled = {id(segment) for pool in self.pools.values() for segment in pool}
         for segment in held.shards.values():
@@ -378,7 +398,7 @@ class Keeper:
     def _spare(self, segments: list[Segment], m: int) -> None:
         """Keep parity memory for the next snapshot: making pages costs more than filling them."""
         self.spare_parity += segments
-        while len(self.spare_parity) > 2 * m - 1:  # what one snapshot takes: m of its own, m - 1 to hand on
+        while len(self.spare_parity) > max(0, 2 * m - 1):  # what one snapshot takes: m of its own, m - 1 to hand on
             self.spare_parity.pop(0).free()
 
     def parity_memory(self, count: int, size_bytes: int) -> list[Segment]:
@@ -390,13 +410,6 @@ class Keeper:
                     segment.free()
             self.spare_parity = [s for s in self.spare_parity if s.size_bytes == size_bytes and s not in reused]
         return reused + [Segment("parity", size_bytes) for _ in range(count - len(reused))]
-
-    def _drop_when_unpinned(self, held: Held) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: not held.pins)
-            if self.held.get(held.id) is held:
-                self._drop(held)
-            self.changed.notify_all()
 
     # --- looking -----------------------------------------------------------------------------------------------
 
@@ -451,17 +464,16 @@ class Keeper:
     def wait_committed(self, worker: Worker, step: int, timeout: timedelta) -> bool:
         """Wait until a snapshot of this generation at `step` or later is committed. False on time-out."""
         with self.changed:
-            return (
-                self.changed.wait_for(
-                    lambda: (
-                        worker.generation != self.generation
-                        or not self.is_open
-                        or (self.committed is not None and self.committed >= self._id(step))
-                    ),
-                    timeout=timeout.total_seconds(),
-                )
-                and worker.generation == self.generation
+            self.changed.wait_for(
+                lambda: not self._is_current(worker) or self._is_committed(step), timeout=timeout.total_seconds()
             )
+            return self._is_current(worker) and self._is_committed(step)
+
+    def _is_current(self, worker: Worker) -> bool:
+        return self.is_open and worker.generation == self.generation
+
+    def _is_committed(self, step: int) -> bool:
+        return self.committed is not None and self.committed >= self._id(step)
 
 
 def _merge_checks(known: dict[str, int], new: dict[str, int]) -> None:

@@ -106,7 +106,7 @@ class Recovery:
     def _shard_memory(self, rank: int, record: ShardRecord) -> Segment:
         """A slot of this rank's pool, so that later snapshots use it too."""
         with self._keeper.changed:
-            used = {id(held.shards.get(rank)) for held in self._keeper.held.values()}
+            used = {id(held.shards.get(rank)) for held in self._keeper.in_memory()}
             for segment in self._keeper.pools.get(rank, []):
                 if segment.size_bytes == record.size_bytes and id(segment) not in used:
                     return segment
