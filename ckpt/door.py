@@ -19,8 +19,8 @@ from . import fence, wire
 from .errors import ProtocolError, SnapshotError
 from .held import pack_record
 from .keeper import Keeper
-from .peers import checked_replicas
 from .restore import Restore
+from .server import checked_replicas
 from .slots import Segment
 from .wire import Message
 

@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making a snapshot whole again on this node: what is missing or damaged is rebuilt from the group, then proven.
 
-All nodes know from the rendezvous what each of them holds intact (`Decision.views`), so every rebuild chooses k
-intact symbols of each stripe, pulls them, and computes the lost one with the same `apply` that made the parity.
+All nodes know from the rendezvous what each of them holds intact (`Decision.views`), so this node asks, for every
+piece it lacks, one of the survivors of that stripe to compute it, many at a time. Data comes first, since training
+waits for it; parity after it, in the background.
 """
 
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..erasure import Code, apply
-from .agreement import Decision, symbol_available
+from .agreement import Decision, SnapshotId
 from .errors import DamageError, SnapshotError, StaleWriterError
 from .exchange import PIECE_BUCKETS
 from .held import Held, ShardRecord, bucket_checksums, failing_buckets, record_buckets
 from .keeper import Keeper
-from .peers import Peers, fetch_record, read_message
+from .peers import Peers, fetch_record
+from .rebuild import intact_symbols
 from .slots import Segment
 from .stripes import BUCKET_BYTES, Stripe
+from .wire import Message
+
+_IN_FLIGHT_A_NODE = 2
+_DAMAGE_RETRIES = 3
 
 
 class Recovery:
@@ -28,7 +36,6 @@ class Recovery:
     def __init__(self, keeper: Keeper, decision: Decision, key: bytes, held: Held) -> None:
         self._keeper, self._decision, self._held = keeper, decision, held
         self._peers = Peers(keeper, decision, key)
-        self._code = Code(held.group.k, held.group.m)
 
     def start(self) -> None:
         with self._keeper.changed:
@@ -94,13 +101,13 @@ class Recovery:
             with self._keeper.changed:
                 self._peers.check()
                 held.shards = shards
+        asks: list[Ask] = []
         for chunk_index, stripe in enumerate(held.group.data_stripes(held.index)):
-            symbol = stripe.data.index(held.index)
-            first = chunk_index * held.chunk
+            symbol, first = stripe.data.index(held.index), chunk_index * held.chunk
             offsets = [bucket - first for bucket in wanted if first <= bucket < first + held.chunk]
-            for start, count in _runs(offsets):
-                rebuilt = self._rebuild(stripe, symbol, start, count)
-                self._write_data(first + start, count, rebuilt)
+            place = functools.partial(self._write_data, first)
+            asks += self._asks(stripe, symbol, offsets, place)
+        self._fill(asks)
         self._prove_data()
 
     def _shard_memory(self, rank: int, record: ShardRecord) -> Segment:
@@ -115,9 +122,9 @@ class Recovery:
             self._keeper.pools.setdefault(rank, []).append(segment)
         return segment
 
-    def _write_data(self, start: int, count: int, rebuilt: np.ndarray) -> None:
+    def _write_data(self, first: int, start: int, rebuilt: np.ndarray) -> None:
         done = 0
-        for segment, offset, size in self._held.data_views(start, count):
+        for segment, offset, size in self._held.data_views(first + start, len(rebuilt) // BUCKET_BYTES):
             segment.array[offset : offset + size] = rebuilt[done : done + size]
             done += size
 
@@ -146,12 +153,16 @@ class Recovery:
             segments = self._keeper.parity_memory(len(stripes), held.chunk * BUCKET_BYTES)
             sums = [np.zeros(held.chunk, np.uint32) for _ in stripes]
             wanted = {i: list(range(held.chunk)) for i in range(len(stripes))}
+
+        def place(index: int, start: int, rebuilt: np.ndarray) -> None:
+            segments[index].array[start * BUCKET_BYTES : start * BUCKET_BYTES + len(rebuilt)] = rebuilt
+            sums[index][start : start + len(rebuilt) // BUCKET_BYTES] = bucket_checksums(rebuilt)
+
+        asks: list[Ask] = []
         for index, stripe in enumerate(stripes):
             symbol = held.group.k + stripe.parity.index(held.index)
-            for start, count in _runs(sorted(wanted[index])):
-                rebuilt = self._rebuild(stripe, symbol, start, count)
-                segments[index].array[start * BUCKET_BYTES : (start + count) * BUCKET_BYTES] = rebuilt
-                sums[index][start : start + count] = bucket_checksums(rebuilt)
+            asks += self._asks(stripe, symbol, sorted(wanted[index]), functools.partial(place, index))
+        self._fill(asks)
         with self._keeper.changed:
             self._peers.check()
             held.parity, held.parity_checksums = segments, sums
@@ -160,41 +171,66 @@ class Recovery:
 
     # --- both --------------------------------------------------------------------------------------------------
 
-    def _rebuild(self, stripe: Stripe, symbol: int, start: int, count: int) -> np.ndarray:
-        """Compute one symbol of a stripe at buckets [start, start+count) from k that are intact there."""
-        have = self._sources(stripe, symbol, range(start, start + count))
-        if len(have) < self._held.group.k:
-            if count == 1:
-                raise DamageError(
-                    f"bucket {start} of stripe {stripe.number} of {self._held.id} has too few intact symbols"
+    def _asks(
+        self, stripe: Stripe, symbol: int, buckets: list[int], place: Callable[[int, np.ndarray], None]
+    ) -> list["Ask"]:
+        """What to ask of whom to get a symbol at `buckets`."""
+        asks: list[Ask] = []
+        for start, count in _runs(buckets):
+            # Together these buckets may miss too many symbols while each of them alone does not.
+            whole = len(intact_symbols(self._held, self._decision, stripe, start, count)) >= self._held.group.k
+            for at in [(start, count)] if whole else [(start + i, 1) for i in range(count)]:
+                intact = intact_symbols(self._held, self._decision, stripe, *at)
+                if len(intact) < self._held.group.k:
+                    raise DamageError(f"bucket {at[0]} of stripe {stripe.number} of {self._held.id} cannot be rebuilt")
+                helper = self._held.group.first + stripe.holders[intact[stripe.number % len(intact)]]
+                asks.append(
+                    Ask(helper=helper, stripe=stripe.number, symbol=symbol, start=at[0], count=at[1], place=place)
                 )
-            # Together these buckets miss too much, but each of them alone may not.
-            return np.concatenate([self._rebuild(stripe, symbol, start + i, 1) for i in range(count)])
-        inputs = [self._symbol(stripe, source, start, count) for source in have]
-        out = np.empty(count * BUCKET_BYTES, np.uint8)
-        apply(self._code.rebuild_matrix(have, [symbol]), inputs, [out])
-        return out
+        return asks
 
-    def _sources(self, stripe: Stripe, symbol: int, buckets: range) -> list[int]:
-        """Up to k other symbols of the stripe that are intact at all of `buckets`, data before parity."""
-        group, views, chunk = self._held.group, self._decision.views, self._held.chunk
-        intact = [
-            s
-            for s in range(group.n)
-            if s != symbol and all(symbol_available(group, views, stripe.number, s, b, chunk) for b in buckets)
-        ]
-        return intact[: group.k]
+    def _fill(self, asks: list["Ask"]) -> None:
+        """Ask for everything, several at a time and stripe by turns, so that all helpers are at work."""
+        waiting, flying, damaged = deque(sorted(asks, key=lambda ask: ask.start)), deque[Ask](), 0
+        while waiting or flying:
+            try:
+                while waiting and len(flying) < _IN_FLIGHT_A_NODE * self._held.group.n:
+                    flying.append(waiting.popleft())
+                    self._peers.post(flying[-1].helper, flying[-1].message(self._held.id))
+                ask = flying[0]
+                reply, body = self._peers.collect(ask.helper)
+                rebuilt = np.frombuffer(body, np.uint8)
+                if (
+                    bucket_checksums(rebuilt).tolist() != reply.get("crc32c")
+                    or len(rebuilt) != ask.count * BUCKET_BYTES
+                ):
+                    raise DamageError(f"a rebuilt piece of {self._held.id} was changed on its way")
+                flying.popleft()
+                ask.place(ask.start, rebuilt)
+            except (OSError, DamageError) as error:
+                damaged += isinstance(error, DamageError)
+                if damaged > _DAMAGE_RETRIES:
+                    raise
+                for helper in {ask.helper for ask in flying}:
+                    self._peers.retry_after(helper)
+                waiting.extendleft(reversed(flying))
+                flying.clear()
 
-    def _symbol(self, stripe: Stripe, symbol: int, start: int, count: int) -> np.ndarray:
-        held = self._held
-        member = stripe.holders[symbol]
-        if symbol < held.group.k:
-            kind, index = "data", 0
-            start += held.group.data_stripes(member).index(stripe) * held.chunk
-        else:
-            kind, index = "parity", held.group.parity_stripes(member).index(stripe)
-        _, body = self._peers.request(held.group.first + member, read_message(held.id, kind, index, start, count))
-        return np.frombuffer(body, np.uint8)
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One piece of a lost symbol: which, of whom, and what to do with it."""
+
+    helper: int
+    stripe: int
+    symbol: int
+    start: int
+    count: int
+    place: Callable[[int, np.ndarray], None]
+
+    def message(self, snapshot: SnapshotId) -> Message:
+        place = {"stripe": self.stripe, "symbol": self.symbol, "start": self.start, "count": self.count}
+        return {"op": "rebuild", "generation": snapshot.generation, "step": snapshot.step, **place}
 
 
 def _runs(buckets: list[int]) -> Iterator[tuple[int, int]]:

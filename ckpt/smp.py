@@ -26,9 +26,10 @@ from .exchange import Exchange
 from .keeper import Keeper
 from .lead import Control
 from .paths import private_dir, socket_path
-from .peers import PeerServer
+from .rebuild import Rebuilder, Rebuilds
 from .recovery import Recovery
 from .restore import Restore
+from .server import PeerServer
 from .wire import Message
 from .writer import CheckpointWriter
 
@@ -46,6 +47,7 @@ class Process:
         self._writer = CheckpointWriter(self.keeper)
         self._control: Control | None = None
         self._restore: Restore | None = None
+        self._rebuilds: Rebuilds | None = None
         self._stopping = threading.Event()
         self._server = PeerServer(
             self.keeper,
@@ -53,6 +55,7 @@ class Process:
             prepared=lambda snapshot: self._with_control().everyone_prepared(snapshot),
             committed=lambda snapshot, persist: self._with_control().committed(snapshot, persist),
             persisted=self._writer.note_part,
+            rebuilder=self._rebuilder,
         )
         self._path = socket_path(job, node)
         self._door = Door(
@@ -63,6 +66,11 @@ class Process:
         if self._control is None:
             raise ProtocolError("no generation is open here")
         return self._control
+
+    def _rebuilder(self) -> Rebuilder:
+        if self._rebuilds is None:
+            raise ProtocolError("no generation is open here")
+        return self._rebuilds.session()
 
     def _current_restore(self) -> Restore:
         if self._restore is None:
@@ -112,6 +120,7 @@ class Process:
         baseline = self.keeper.open(decision, key)
         self._writer.new_generation(decision.snapshot.step if decision.snapshot else 0)
         self._restore = Restore(self.keeper, decision, key)
+        self._rebuilds = Rebuilds(self.keeper, decision, key)
         self._control = Control(self.keeper, decision, key, self._writer)
         self._control.start()
         Exchange(self.keeper, decision, key, self._control.prepared).start()
