@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a snapshot every step costs: step time with over without, the stall, and the copy beside memcpy.
 
-    python benchmarks/snapshot.py [--json] [--tiny] [--modes ddp fsdp2] [--rounds 4] [--batch 4] [--length 256]
+    python benchmarks/snapshot.py [--json] [--tiny] [--modes ddp fsdp2] [--rounds 4] [--accumulate 4] [--length 256]
 
 Three nodes (torchrun agents on loopback, one worker each) train SmolLM2-135M with a (2, 1) code. Blocks of steps with
 and without snapshots alternate within one run. The first step of a block is not counted, so that every counted step
@@ -50,9 +50,10 @@ def worker(options: argparse.Namespace) -> None:
     def step(snapshot: bool) -> tuple[float, float]:
         """Seconds of one step, and the stall (ms) of the snapshot that the step before it began."""
         started = time.perf_counter()
-        tokens = torch.randint(vocabulary, (options.batch, options.length))
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        for _ in range(options.accumulate):
+            tokens = torch.randint(vocabulary, (options.batch, options.length))
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
         stall_ms = job.stall_ms
@@ -137,6 +138,7 @@ def run(mode: str, options: argparse.Namespace) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         script = [__file__, f"--worker={result}", f"--mode={mode}", f"--rounds={options.rounds}"]
         script += [f"--batch={options.batch}", f"--length={options.length}", f"--block={options.block}"]
+        script += [f"--accumulate={options.accumulate}"]
         script += ["--tiny"] if options.tiny else []
         with Cluster(job=f"bench-{mode}", nodes=NODES, script=script, logs=Path(folder)) as cluster:
             cluster.start()
@@ -183,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=("ddp", "fsdp2"), default=["ddp", "fsdp2"])
     parser.add_argument("--rounds", type=int, default=4, help="blocks with snapshots")
     parser.add_argument("--block", type=int, default=2, help="counted steps of a block")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a rank")
+    parser.add_argument("--batch", type=int, default=1, help="sequences a rank and backward pass")
+    parser.add_argument("--accumulate", type=int, default=4, help="backward passes a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
