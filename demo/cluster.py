@@ -16,17 +16,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ..ckpt.client import find_nodes, stop_job
+from ..ckpt.client import find_nodes
 from ..ckpt.faults import Fault, target_pids
 
 DIRECTORY_ENV = "REFOUND_DIR"
+_NODE_ENV = "REFOUND_DEMO_NODE"
+_CLOSE_S = 10.0
 
-# glibc gives large buffers back to the kernel and faults every page in again at the next use, which costs FSDP on
-# the CPU a third of its step: all-gathered weights come and go with each layer. Told this, it keeps them.
-_KEEP_FREED_MEMORY = {
+# FSDP gathers the weights of each layer into new buffers and frees them again. By default glibc gives those back to
+# the kernel, which clears every page of the next ones: a third of a step on the CPU. So: keep them, in large pages.
+_MEMORY_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "THP_MEM_ALLOC_ENABLE": "1",
 }
 
 
@@ -36,13 +39,13 @@ class Cluster:
     Losing the host of the store would end the job, so no node is that host (`is_host=0`).
     """
 
-    def __init__(self, *, job: str, nodes: int, script: Sequence[str], logs: Path) -> None:
+    def __init__(self, *, job: str, nodes: int, script: Sequence[str], logs: Path, restarts: int = 20) -> None:
         """Starts nothing but the store. `script` is what torchrun runs, `logs` the directory of the agents' output."""
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         self.job, self.nodes = job, nodes
         self.names = {index: f"node{index}" for index in range(nodes)}
-        self._script, self._logs = tuple(script), logs
+        self._script, self._logs, self._restarts = tuple(script), logs, restarts
         self._logs.mkdir(parents=True, exist_ok=True)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._directory = Path(tempfile.mkdtemp(prefix="rf-"))  # short: socket paths have about 100 bytes
@@ -50,6 +53,7 @@ class Cluster:
         os.environ[DIRECTORY_ENV] = str(self._directory)  # where find_nodes looks
         self._agents: dict[int, subprocess.Popen[bytes]] = {}
         self._continue_at_s: list[tuple[float, tuple[int, ...]]] = []
+        self._statuses: list[dict[str, Any]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -63,8 +67,13 @@ class Cluster:
             self._start_node(index)
 
     def statuses(self) -> list[dict[str, Any]]:
-        """What the snapshot process of each node says; a node without one is left out."""
-        return find_nodes(self.job)
+        """What the snapshot process of each node says; a node without one is left out.
+
+        While a fault has stopped some of them, they say what they said last: they could not answer.
+        """
+        if not self._continue_at_s:
+            self._statuses = find_nodes(self.job)
+        return self._statuses
 
     def running(self) -> list[int]:
         """The nodes whose agent is running."""
@@ -81,7 +90,12 @@ class Cluster:
         Raises:
             LookupError: if the target is not running just now; nothing was done.
         """
-        pids = tuple(pid for pid in target_pids(fault, self.statuses(), self.names) if self._is_ours(pid))
+        if self._continue_at_s:
+            raise LookupError(f"{fault}: an earlier one has stopped processes that have not gone on yet")
+        told = target_pids(fault, self.statuses(), self.names)
+        # A worker that has just started is not known to its snapshot process yet, but belongs to its node.
+        more = self._processes(self.names[fault.index]) if fault.target == "node" else []
+        pids = tuple(pid for pid in dict.fromkeys((*told, *more)) if self._is_ours(pid))
         if not pids:
             raise LookupError(f"{fault}: its processes have just ended")
         if fault.action == "stop":
@@ -104,11 +118,7 @@ class Cluster:
 
     def leftovers(self) -> list[int]:
         """The processes of this cluster that are still there."""
-        return [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and self._is_ours(int(entry.name))
-        ]
+        return self._processes()
 
     def wait_until_empty(self, timeout_s: float) -> list[int]:
         """Waits for the last process of an ended job to go; returns those that have not gone."""
@@ -119,15 +129,11 @@ class Cluster:
 
     def close(self) -> None:
         """Ends every process of the cluster, frees its snapshots and removes its directory."""
-        for agent in self._agents.values():
-            if agent.poll() is None:
-                agent.kill()
-        stop_job(self.job)
-        if self.wait_until_empty(1.0):
-            # Twice, since a process may have been starting another while the first look was taken
-            for _ in range(2):
-                _send(self.leftovers(), signal.SIGKILL)
-                self.wait_until_empty(2.0)
+        deadline = time.monotonic() + _CLOSE_S
+        # Again and again, since a process may have been starting another while the last look was taken
+        while (left := self.leftovers()) and time.monotonic() < deadline:
+            _send(left, signal.SIGKILL)
+            self.wait_until_empty(0.2)
         for agent in self._agents.values():
             agent.wait()
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -144,7 +150,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **_worker_environment()},
+                env={**os.environ, **_worker_environment(), _NODE_ENV: self.names[index]},
                 start_new_session=True,  # Ctrl-C is for the driver, which ends the nodes in order
             )
 
@@ -152,7 +158,7 @@ class Cluster:
         return [
             f"--nnodes={self.nodes}",
             "--nproc-per-node=1",
-            "--max-restarts=20",
+            f"--max-restarts={self._restarts}",
             "--rdzv-backend=refound",
             f"--rdzv-endpoint=127.0.0.1:{self._store.port}",
             f"--rdzv-id={self.job}",
@@ -160,18 +166,28 @@ class Cluster:
             f"--rdzv-conf=node={self.names[index]},is_host=0",
         ]
 
-    def _is_ours(self, pid: int) -> bool:
+    def _processes(self, node: str = "") -> list[int]:
+        running = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        return [pid for pid in running if self._is_ours(pid, node)]
+
+    def _is_ours(self, pid: int, node: str = "") -> bool:
         try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes()
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:  # ended, or another user's
             return False
-        return f"{DIRECTORY_ENV}={self._directory}".encode() in environment.split(b"\0") and pid != os.getpid()
+        marks = {DIRECTORY_ENV: str(self._directory)} | ({_NODE_ENV: node} if node else {})
+        return pid != os.getpid() and all(f"{name}={value}".encode() in environment for name, value in marks.items())
 
 
 def _worker_environment() -> Mapping[str, str]:
-    # One thread a worker, for the same bits wherever it runs; three share this machine anyway
-    fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return fixed | {name: value for name, value in _KEEP_FREED_MEMORY.items() if name not in os.environ}
+    fixed = {
+        "OMP_NUM_THREADS": "1",  # the workers share this machine; and one thread sums in one order
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONSAFEPATH": "1",  # what lies in the working directory is not to be imported
+    }
+    return fixed | {name: value for name, value in _MEMORY_ENVIRONMENT.items() if name not in os.environ}
 
 
 def _send(pids: Sequence[int], number: signal.Signals) -> None:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo as a user runs it: the tiny model, a killed worker, a lost node, the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from refound.demo.compare import compare_runs
+from refound.demo.records import read_steps
+
+DEMO = [sys.executable, "-m", "refound", "demo", "--tiny"]
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def short_tmp() -> Iterator[str]:
+    """A directory for temporary files that only this module's processes have in their environment."""
+    with tempfile.TemporaryDirectory(prefix="rd-") as directory:
+        yield directory
+
+
+def environment(short_tmp: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "REFOUND_DIR"}
+    return inherited | {"TMPDIR": short_tmp}
+
+
+def still_running(short_tmp: str) -> list[str]:
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and f"TMPDIR={short_tmp}".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue  # ended while we looked
+    return found
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, short_tmp: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("demo")
+    command = [*DEMO, "--json", "--out", str(out)]
+    return out, subprocess.run(command, env=environment(short_tmp), capture_output=True, text=True, check=False)
+
+
+def test_it_ends_with_the_same_bits(demo: tuple[Path, subprocess.CompletedProcess[str]]):
+    out, done = demo
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["bit_identical"] is True and told["differences"] == []
+    assert told["compared"]["losses"] == STEPS and told["compared"]["tensors"] > 500
+    worker, node = told["faults"]
+    assert (worker["fault"], worker["recovered_from"]) == ("rank=1 step=10 kill", "memory")
+    assert (node["fault"], node["recovered_from"]) == ("node=2 step=20 kill", "parity")
+    assert told["runs"]["reference"]["left_behind"] == told["runs"]["faulted"]["left_behind"] == 0
+    assert "bit-identical: yes" in (out / "report.html").read_text()
+
+
+def test_it_shows_what_happens_on_stderr(demo: tuple[Path, subprocess.CompletedProcess[str]]):
+    _, done = demo
+    for words in ("step  1/30", "FAULT rank=1 step=10 kill", "rank 2 from parity", "nodes 3/3"):
+        assert words in done.stderr
+
+
+def test_it_leaves_nothing_behind(demo: tuple[Path, subprocess.CompletedProcess[str]], short_tmp: str):
+    assert still_running(short_tmp) == []
+    assert list(Path(short_tmp).glob("rf-*")) == []
+
+
+def test_protection_changes_no_bit(demo: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, short_tmp: str):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    command += ["-m", "refound.demo.train", "--tiny", "--unprotected", "--device=cpu", f"--steps={STEPS}"]
+    subprocess.run([*command, f"--out={tmp_path}"], env=environment(short_tmp), capture_output=True, check=True)
+    found = compare_runs(demo[0] / "reference", tmp_path, steps=STEPS)
+    assert found.identical, found.differences
+
+
+def test_ctrl_c_ends_all_that_it_started(tmp_path: Path, short_tmp: str):
+    command = [*DEMO, "--out", str(tmp_path)]
+    with subprocess.Popen(command, env=environment(short_tmp), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if "step  2/30" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 1
+    assert len(read_steps(tmp_path / "reference")) >= 2
+    assert still_running(short_tmp) == []
+    assert list(Path(short_tmp).glob("rf-*")) == []
