@@ -23,6 +23,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def available_bytes() -> int | None:
+    """Memory that can still be had without swapping, as the kernel estimates it; None if it does not say."""
+    kilobytes = _field("/proc/meminfo", "MemAvailable").removesuffix(" kB")
+    return int(kilobytes) * 1024 if kilobytes.isdigit() else None
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

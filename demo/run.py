@@ -4,129 +4,32 @@
 import fcntl
 import os
 import signal
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-from ..ckpt.faults import Fault, FaultRangeError, check_schedule, parse_fault
+from ..ckpt.faults import Fault
 from .cluster import Cluster
-from .compare import Comparison, compare_runs
+from .compare import compare_runs
+from .config import DemoConfig
 from .corpus import corpus_directory
 from .errors import CacheWriteError, RunFailedError
-from .machine import environment
+from .machine import available_bytes, environment
 from .model import model_directory
 from .progress import Progress
 from .records import starts_file, steps_file
-from .recovery import Recovery, recoveries
-from .report import Curve, Report, render
+from .recovery import recoveries
+from .report import render
+from .result import DemoResult, report_of
 from .supervise import RunOutcome, Supervisor
 
-FULL_STEPS, TINY_STEPS = 12, 30
+__all__ = ["DemoConfig", "DemoResult", "check_memory", "run_demo"]
+
 PATIENCE = timedelta(minutes=5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """What `refound demo` may be told. One rank a node."""
-
-    tiny: bool = False
-    """A Llama of a million random parameters instead of SmolLM2-135M."""
-    faults: tuple[str, ...] = ()
-    """As in `node=1 step=7 kill`. None: a worker after a third of the steps, a node after two thirds."""
-    out: Path = Path("runs/demo")
-    """Records, logs and report go here."""
-    json: bool = False
-    """Leave stdout to the caller's JSON: no closing table."""
-    seed: int = 0
-    """Of data order and noise."""
-    steps: int | None = None
-    """None: 12, or 30 with `tiny`."""
-    nodes: int = 3
-
-    @property
-    def target_steps(self) -> int:
-        return self.steps or (TINY_STEPS if self.tiny else FULL_STEPS)
-
-    def schedule(self) -> tuple[Fault, ...]:
-        """The faults, checked against the job.
-
-        Raises:
-            FaultSyntaxError: for one that cannot be read.
-            FaultRangeError: for one that this job cannot meet.
-        """
-        steps = self.target_steps
-        texts = self.faults
-        if not texts:
-            if steps < 3:
-                raise FaultRangeError(f"{steps} steps have no room for a killed worker and a lost node; the least is 3")
-            texts = (f"rank=1 step={steps // 3} kill", f"node=2 step={2 * steps // 3} kill")
-        faults = tuple(parse_fault(text) for text in texts)
-        check_schedule(faults, nodes=self.nodes, ranks=self.nodes, steps=steps)
-        return faults
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoResult:
-    """What came of it."""
-
-    config: DemoConfig
-    model: str
-    reference: RunOutcome
-    faulted: RunOutcome
-    recoveries: tuple[Recovery, ...]
-    comparison: Comparison
-    environment: dict[str, str]
-    report: Path
-
-    @property
-    def bit_identical(self) -> bool:
-        return self.comparison.identical
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `refound demo --json` prints."""
-        return {
-            "bit_identical": self.bit_identical,
-            "faults": [recovery.to_json() for recovery in self.recoveries],
-            "model": self.model,
-            "steps": self.config.target_steps,
-            "nodes": self.config.nodes,
-            "seed": self.config.seed,
-            "compared": {
-                "losses": self.comparison.losses,
-                "losses_again": self.comparison.losses_again,
-                "tensors": self.comparison.tensors,
-            },
-            "differences": list(self.comparison.differences),
-            "runs": {run.name: _run_figures(run) for run in (self.reference, self.faulted)},
-            "environment": self.environment,
-            "report": str(self.report),
-        }
-
-    def table(self) -> str:
-        """The closing table, for a terminal."""
-        rows = [("fault", "recovered from", "steps lost", "seconds lost")]
-        rows += [
-            (str(r.fault), r.recovered_from or "not needed", str(r.steps_lost), f"{r.seconds_lost:.1f}")
-            for r in self.recoveries
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        compared = self.comparison
-        lines += [
-            "",
-            f"compared: {compared.losses} losses and {compared.losses_again} of steps run again, {compared.tensors} "
-            f"tensors (weights, optimizer, RNG) on {self.config.nodes} ranks",
-            *(f"  differs: {difference}" for difference in compared.differences),
-            f"report: {self.report}",
-            f"bit-identical: {'yes' if self.bit_identical else 'no'}",
-        ]
-        return "\n".join(lines)
+# Measured: a worker holds 2.1 GB (tiny: 0.5) and its node's snapshot process 1.6 GB (0.2), agents included.
+NODE_BYTES, TINY_NODE_BYTES = 4 * 10**9, 8 * 10**8
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
@@ -140,6 +43,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         DemoError: if something is missing, or a run fails or hangs; the message says where the logs are.
     """
     faults = config.schedule()
+    check_memory(config, available_bytes())
     progress = Progress(sys.stderr)
     with _ending_in_order(), _only_one(config.out):
         progress.say(f"preparing the model and the text ({'tiny' if config.tiny else 'SmolLM2-135M'})")
@@ -164,26 +68,18 @@ def run_demo(config: DemoConfig) -> DemoResult:
     return result
 
 
-def report_of(result: DemoResult) -> Report:
-    """What the HTML report shows of a result."""
-    return Report(
-        title=f"{result.model}: {result.config.target_steps} steps on {result.config.nodes} nodes",
-        identical=result.bit_identical,
-        differences=result.comparison.differences,
-        compared=(result.comparison.losses, result.comparison.losses_again, result.comparison.tensors),
-        curves=tuple(
-            Curve(
-                name=run.name,
-                steps=tuple(record.step for record in run.steps),
-                losses=tuple(record.loss for record in run.steps),
-                seconds=tuple(record.time_s - run.began_s for record in run.steps),
-            )
-            for run in (result.reference, result.faulted)
-        ),
-        recoveries=result.recoveries,
-        faults_began_s=result.faulted.began_s,
-        environment=result.environment,
-    )
+def check_memory(config: DemoConfig, available: int | None) -> None:
+    """Refuses a demo that would fill the memory: the kernel would kill whatever it likes then.
+
+    Raises:
+        RunFailedError: saying how much is needed, how much there is, and what fits.
+    """
+    need = config.nodes * (TINY_NODE_BYTES if config.tiny else NODE_BYTES)
+    if available is not None and available < need:
+        raise RunFailedError(
+            f"the demo needs about {need / 1e9:.1f} GB of free memory, and {available / 1e9:.1f} GB are free. "
+            "Nothing was started; end what else needs memory" + ("" if config.tiny else ", or try: refound demo --tiny")
+        )
 
 
 def _run(config: DemoConfig, name: str, faults: Sequence[Fault], progress: Progress) -> RunOutcome:
@@ -208,16 +104,6 @@ def _clear(directory: Path, nodes: int) -> None:
     for path in old:
         path.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
-
-
-def _run_figures(run: RunOutcome) -> dict[str, Any]:
-    return {
-        "seconds": round(run.seconds, 3),
-        "step_seconds_median": round(statistics.median(record.step_s for record in run.steps), 4),
-        "stall_ms_median": round(statistics.median(record.stall_ms for record in run.steps), 3),
-        "final_loss": run.steps[-1].loss,
-        "left_behind": run.left_behind,
-    }
 
 
 @contextmanager

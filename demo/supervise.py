@@ -34,6 +34,12 @@ class RunOutcome:
     left_behind: int
     """Processes that were still there after the job had ended by itself; none should be."""
 
+    @property
+    def restarts(self) -> int:
+        """How often the workers came back with the state of an earlier incarnation, or without it."""
+        ranks = [start.rank for start in self.starts]
+        return max((ranks.count(rank) for rank in set(ranks)), default=1) - 1
+
 
 class Supervisor:
     """Watches one run. `directory` is where its workers write their records."""

@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from refound.ckpt.faults import FaultRangeError, FaultSyntaxError
 from refound.demo.compare import Comparison
 from refound.demo.errors import DemoError
 from refound.demo.recovery import Recovery
-from refound.demo.run import DemoConfig, DemoResult, report_of, run_demo
+from refound.demo.result import report_of
+from refound.demo.run import DemoConfig, DemoResult, check_memory, run_demo
 
-from .made_up import outcome, step_record
+from .made_up import outcome, start_record, step_record
 
 
 def test_the_built_in_schedule_kills_a_worker_and_then_a_node():
@@ -48,6 +50,15 @@ def test_a_directory_that_cannot_be_written_is_said(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DemoError, match="Choose another directory with --out"):
         run_demo(DemoConfig(tiny=True, out=tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize(("tiny", "needed"), [(False, 12.0), (True, 2.4)])
+def test_too_little_memory_is_said_before_anything_starts(tiny: bool, needed: float):
+    config = DemoConfig(tiny=tiny)
+    check_memory(config, int(needed * 1e9))
+    check_memory(config, None)
+    with pytest.raises(DemoError, match=rf"needs about {needed} GB .* 1\.0 GB are free"):
+        check_memory(config, 10**9)
 
 
 def result(differences: tuple[str, ...] = ()) -> DemoResult:
@@ -109,3 +120,13 @@ def test_the_report_counts_each_run_from_its_own_beginning():
     report = report_of(result())
     assert [curve.seconds for curve in report.curves] == [(1.0, 2.0, 3.0), (0.5, 1.5, 5.5, 6.5)]
     assert report.curves[1].steps == (1, 2, 2, 3)
+
+
+def test_restarts_of_the_undisturbed_run_are_said():
+    starts = [start_record(rank, step, None, 1.0) for step in (0, 3) for rank in (0, 1)]
+    noted = result()
+    noted = replace(noted, reference=replace(noted.reference, starts=tuple(starts), left_behind=2))
+    assert noted.to_json()["runs"]["reference"]["restarts"] == 1
+    assert "note: the undisturbed run was restarted 1 times" in noted.table()
+    assert "note: 2 processes did not go by themselves" in noted.table()
+    assert "note:" not in result().table()
