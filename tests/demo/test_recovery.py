@@ -61,3 +61,19 @@ def test_each_fault_has_its_own_restarts():
 
 def test_a_fault_that_no_step_followed_is_not_recovered():
     assert recoveries([strike("rank=0 step=2 kill", 9.0)], [step_record(n) for n in (1, 2)], STARTS) == []
+
+
+def test_orphans_that_train_on_after_their_agent_s_death_lose_nothing_until_they_end():
+    steps = [step_record(n) for n in range(1, 7)] + [step_record(n, time_s=n + 20.0) for n in (6, 7)]
+    starts = [*STARTS, *(start_record(rank, 5, "memory", 25.0) for rank in (0, 1))]
+    (found,) = recoveries([strike("agent=1 step=3 kill", 3.5)], steps, starts)
+    assert (found.step, found.recovered_from, found.steps_lost) == (6, "memory", 1)
+    assert found.seconds_lost == pytest.approx(27.0 - 6.0)
+
+
+def test_a_fault_that_falls_into_a_recovery_shares_its_restart():
+    steps = [step_record(n) for n in (1, 2)] + [step_record(3, time_s=30.0), step_record(4, time_s=31.0)]
+    starts = [*STARTS, start_record(0, 2, "memory", 5.0), *(start_record(r, 2, "parity", 20.0) for r in (0, 1))]
+    first, second = recoveries([strike("rank=0 step=2 kill", 2.5), strike("node=1 step=2 kill", 6.0)], steps, starts)
+    assert (first.recovered_from, first.seconds_lost) == ("parity", 27.5)
+    assert (second.recovered_from, second.seconds_lost) == ("parity", 24.0)
