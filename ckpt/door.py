@@ -25,6 +25,7 @@ from .slots import Segment
 from .wire import Message
 
 Reply = tuple[Message, bytes, list[int]]
+_LONGEST_WAIT_MS = 24 * 3600 * 1000
 
 
 class Door:
@@ -92,10 +93,11 @@ class Door:
 
     def _reply(self, caller: "_Caller", message: Message, body: memoryview) -> Reply:
         try:
-            if (job := message.get("job")) is not None and job != self._keeper.job:
+            job = message.get("job")
+            if job != self._keeper.job and (job is not None or message.get("op") in ("attach", "hello")):
                 raise ProtocolError(f"this is the snapshot process of job {self._keeper.job!r}, not of {job!r}")
             return self._handle(caller, message, body)
-        except (SnapshotError, MemoryError) as error:
+        except (SnapshotError, MemoryError, OSError) as error:
             return {"error": str(error), "kind": type(error).__name__}, b"", []
 
     def _handle(self, caller: "_Caller", message: Message, body: memoryview) -> Reply:
@@ -162,7 +164,7 @@ class Door:
         elif op == "abort":
             keeper.abort(worker)
         elif op == "wait":
-            wait = timedelta(milliseconds=_count(message, "timeout_ms"))
+            wait = timedelta(milliseconds=min(_count(message, "timeout_ms"), _LONGEST_WAIT_MS))
             return {"committed": keeper.wait_committed(worker, _count(message, "step"), wait)}, b"", []
         else:
             raise ProtocolError(f"unknown request {op!r}")

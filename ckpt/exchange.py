@@ -179,7 +179,7 @@ def pulled_pieces(peers: Peers, held: Held, stripe: Stripe, piece_buckets: int) 
     chunk = held.chunk
     starts = list(range(0, chunk, piece_buckets))
     buffers = [np.empty((2, piece_buckets * BUCKET_BYTES), np.uint8) for _ in stripe.data]
-    checks = [_chunk_checksums(held, member, stripe) for member in stripe.data]
+    checks = [chunk_checksums(held, member, stripe) for member in stripe.data]
     asked = damaged = 0
     while starts:
         start = starts[0]
@@ -225,7 +225,7 @@ def _collect(peers: Peers, held: Held, member: int, buffer: np.ndarray, checks: 
     return data
 
 
-def _chunk_checksums(held: Held, member: int, stripe: Stripe) -> np.ndarray:
+def chunk_checksums(held: Held, member: int, stripe: Stripe) -> np.ndarray:
     """Checksums of `member`'s chunk in `stripe`; shorter where the vector ends."""
     record = held.records[held.group.first + member]
     chunk_index = held.group.data_stripes(member).index(stripe)

@@ -46,7 +46,10 @@ class Control:
         except StaleWriterError:
             return  # the generation has ended, and its messages with it
         except SnapshotError as error:
-            self._keeper.event("control", error=str(error))
+            # Without this thread nothing is ever committed again: a restart is what helps.
+            with self._keeper.changed:
+                self._keeper.trouble = error
+            self._keeper.event("trouble", error=str(error))
         finally:
             with self._keeper.changed:
                 self._keeper.on_seal.remove(self.close)

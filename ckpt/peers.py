@@ -82,6 +82,9 @@ class Peers:
                 raise
             sock.settimeout(_REPLY_TIMEOUT.total_seconds())
             self._sockets[position] = sock
+            if self._closed:  # while this connection was made, so nobody else will close it
+                sock.close()
+                self.check()
         return self._sockets[position]
 
     def close(self) -> None:

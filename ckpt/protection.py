@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..erasure import checksum
 from .collect import Collector, State
@@ -105,6 +106,8 @@ class Protection:
         if place is not None:
             self._link = Link(place)
             self._restore(self._link)
+            if place.rank == 0:
+                _say_what_ddp_does(objects, place.world_size)
             hooked = [o for o in objects.values() if isinstance(o, torch.optim.Optimizer)]
             for optimizer in hooked:
                 optimizer.register_step_pre_hook(self._before_optimizer_step)
@@ -258,6 +261,18 @@ class _Copy:
     """A leaf that could not wait: its bytes as they were."""
 
     tensor: torch.Tensor
+
+
+def _say_what_ddp_does(objects: dict[str, Any], world_size: int) -> None:
+    """DDP lays its gradient buckets out anew after the first step of a process, so that step sums in another order."""
+    wrapped = [value for value in objects.values() if isinstance(value, DistributedDataParallel)]
+    if world_size > 2 and any(not module.find_unused_parameters for module in wrapped):
+        print(
+            "refound: DistributedDataParallel sums gradients in another order in the first step after a restart, which "
+            "with 3 ranks or more changes last bits; for the very same bits give it find_unused_parameters=True",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _replica_checks(plan: Plan, leaves: list[Any]) -> dict[str, int]:

@@ -12,8 +12,9 @@ import numpy as np
 
 from ..erasure import Code, apply
 from .agreement import Decision, symbol_available
-from .errors import ProtocolError, SnapshotError
-from .held import Held
+from .errors import DamageError, ProtocolError, SnapshotError
+from .exchange import chunk_checksums
+from .held import Held, bucket_checksums
 from .keeper import Keeper
 from .peers import MAX_READ_BUCKETS, NotYetError, Peers, read_message
 from .stripes import BUCKET_BYTES, Stripe
@@ -114,14 +115,26 @@ class Rebuilder:
         """An intact symbol, from this node's memory or its holder's."""
         member = stripe.holders[symbol]
         if symbol < held.group.k:
-            kind, index = "data", 0
-            start += held.group.data_stripes(member).index(stripe) * held.chunk
+            first = held.group.data_stripes(member).index(stripe) * held.chunk
+            data, _ = self._buckets(held, member, "data", 0, first + start, count)
+            checksums = chunk_checksums(held, member, stripe)[start : start + count].tolist()
         else:
-            kind, index = "parity", held.group.parity_stripes(member).index(stripe)
+            index = held.group.parity_stripes(member).index(stripe)
+            data, checksums = self._buckets(held, member, "parity", index, start, count)
+        # Rebuilt data is proven by its own checksum; rebuilt parity has none but that of what it is made from.
+        if bucket_checksums(data).tolist() != checksums:
+            raise DamageError(f"symbol {symbol} of stripe {stripe.number} of {held.id} fails its checksums")
+        return data
+
+    def _buckets(
+        self, held: Held, member: int, kind: str, index: int, start: int, count: int
+    ) -> tuple[np.ndarray, object]:
+        """Stored buckets of a member, and the checksums of those of parity."""
         if member != held.index:
-            _, body = self._peers.request(held.group.first + member, read_message(held.id, kind, index, start, count))
-            return np.frombuffer(body, np.uint8)
+            ask = read_message(held.id, kind, index, start, count)
+            reply, body = self._peers.request(held.group.first + member, ask)
+            return np.frombuffer(body, np.uint8), reply.get("crc32c")
         if kind == "parity":
-            return held.parity_view(index, start, count)
+            return held.parity_view(index, start, count), held.parity_checksums[index][start : start + count].tolist()
         parts = [segment.array[offset : offset + size] for segment, offset, size in held.data_views(start, count)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts]), None

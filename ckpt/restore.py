@@ -59,10 +59,14 @@ class Restore:
                 if rank in held.own:
                     return held.shards[rank], held.own[rank]
         with self._lock:
-            if rank not in self._keeper.fetched:
-                segment, record = self._fetch(rank)
-                self._keeper.fetched[rank], self._records[rank] = segment, record
-            return self._keeper.fetched[rank], self._records[rank]
+            segment = self._keeper.fetched.get(rank)
+            if segment is None:
+                segment, self._records[rank] = self._fetch(rank)
+                with self._keeper.changed:
+                    # It may have taken so long that another generation has begun, which must not find it.
+                    self._keeper.check_open(self._decision.generation)
+                    self._keeper.fetched[rank] = segment
+            return segment, self._records[rank]
 
     def _ended(self) -> bool:
         return not self._keeper.is_open or self._keeper.generation != self._decision.generation

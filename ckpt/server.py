@@ -157,14 +157,21 @@ class PeerServer:
             self._keeper.unpin(held)
 
     def _parts(self, held: Held, kind: object, index: int, start: int, count: int) -> tuple[list[Part], list[int]]:
-        """Where the buckets lie, and the checksums of those whose reader cannot know them (rows of parity)."""
+        """Where the buckets lie, and the checksums of those whose reader cannot know them (parity)."""
         with self._keeper.changed:
-            if kind == "data" and held.data_complete:
+            span = range(start, start + count)
+            if kind == "data" and held.data_complete and held.damaged_data.isdisjoint(span):
                 return [(segment.fd, offset, size) for segment, offset, size in held.data_views(start, count)], []
             if kind == "parity" and held.parity_complete and index < len(held.parity):
-                return [_bucket_range(held.parity[index], start, count)], []
-            if kind == "row" and 1 <= index < held.group.m and start + count <= held.chunk:
-                return self._row(held, index, start, count)
+                if held.damaged_parity.isdisjoint((index, bucket) for bucket in span):
+                    checksums = held.parity_checksums[index][start : start + count]
+                    return [_bucket_range(held.parity[index], start, count)], checksums.tolist()
+                raise NotYetError(f"parity of {held.id} is being mended here")
+            if kind == "row" and 1 <= index < held.group.m:
+                if not held.records_complete:
+                    raise NotYetError(f"the checksums of {held.id} are not all here yet")
+                if start + count <= held.chunk:
+                    return self._row(held, index, start, count)
             if kind in ("data", "parity") and index < max(1, held.group.m):
                 raise NotYetError(f"{kind} of {held.id} is not complete here yet")
         raise SnapshotError(f"{kind} {index} of {held.id} is not here")

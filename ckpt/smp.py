@@ -80,6 +80,12 @@ class Process:
     # --- the agent ---------------------------------------------------------------------------------------------
 
     def _agent(self, message: Message) -> Message:
+        try:
+            return self._do_for_agent(message)
+        except (KeyError, TypeError, StopIteration) as error:
+            raise ProtocolError(f"malformed request {message.get('op')!r}: {error!r}") from error
+
+    def _do_for_agent(self, message: Message) -> Message:
         op = message.get("op")
         if op == "configure":
             self.keeper.conf = PluginConfig(**message["conf"])

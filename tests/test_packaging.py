@@ -9,10 +9,12 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from refound.ckpt.conf import PluginConfig
 
 # Who may import whom inside the package. The root's own modules belong to the command line, which uses all.
 FLOORS: dict[str, set[str]] = {
@@ -203,7 +205,7 @@ def test_every_source_names_its_licence(root: Path) -> None:
 def test_readme_names_tests_that_exist(root: Path) -> None:
     """Each row of the README's table of what is survived names the tests that show it."""
     readme = (root / "README.md").read_text()
-    rows = re.findall(r"^\|.*\| *(?:yes|no|partly)\b.*\|$", readme, flags=re.MULTILINE)
+    rows = re.findall(r"^\|.*\| *(?:yes|no|not|partly)\b.*\|$", readme, flags=re.MULTILINE)
     assert rows
     for row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
@@ -212,3 +214,14 @@ def test_readme_names_tests_that_exist(root: Path) -> None:
             tree = ast.parse((root / file).read_text())
             names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
             assert test in names, f"{file} has no {test}, which the README names"
+
+
+def test_readme_lists_every_setting_with_its_default(root: Path) -> None:
+    table = re.search(r"^\| key \|.*?\n\n", (root / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert table
+    rows = [row.strip("|").split("|") for row in table.group().strip().splitlines()[2:]]
+    told = {key: row[-1].strip() for row in rows for key in re.findall(r"`(\w+)`", row[0])}
+    settings = {field.name: field.default for field in fields(PluginConfig)}
+    assert told.keys() == settings.keys()
+    numbers = {key: float(text) for key, text in told.items() if re.fullmatch(r"[\d.]+", text)}
+    assert numbers == {key: settings[key] for key in numbers}

@@ -5,8 +5,12 @@ A `Node` is a `Process` without its agent; a `Cluster` plays the agents' part: i
 the next generation from them. Ranks belong to positions, as torchrun deals them out.
 """
 
+import contextlib
 import itertools
+import socket
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,9 +45,11 @@ def sleepers(count: int = 1) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def wait_for(keeper: Keeper, condition: Callable[[], Any]) -> None:
-    """Wait until something holds of a keeper."""
+    """Wait until something holds of a keeper. Looks again now and then: not all that changes is announced."""
+    deadline = time.monotonic() + PATIENCE_S
     with keeper.changed:
-        assert keeper.changed.wait_for(condition, timeout=PATIENCE_S), "it did not come to pass"
+        while not keeper.changed.wait_for(condition, timeout=0.05):
+            assert time.monotonic() < deadline, "it did not come to pass"
 
 
 def snapshot_memory() -> int:
@@ -108,13 +114,60 @@ class Node:
         keeper = self.keeper
         keeper.seal()
         with keeper.changed:
-            segments = [s for held in keeper.held.values() for s in (*held.shards.values(), *held.parity)]
+            held = keeper.in_memory()
+            segments = [s for h in held for s in (*h.shards.values(), *h.parity, *h.handed_on)]
             segments += [s for pool in keeper.pools.values() for s in pool]
             keeper.held.clear()
             keeper.pools.clear()
             for segment in (*segments, *keeper.spare_parity, *keeper.fetched.values()):
                 segment.free()
             keeper.spare_parity, keeper.fetched = [], {}
+
+
+class Gate:
+    """A port in front of a node, through which the others reach it until it has said `limit_bytes`: then it is gone."""
+
+    def __init__(self, target_port: int, limit_bytes: int, on_cut: Callable[[], None]) -> None:
+        self._target, self._left, self._on_cut = target_port, limit_bytes, on_cut
+        self._lock = threading.Lock()
+        self._sockets: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.is_cut = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with self._listener, contextlib.suppress(OSError):  # how a cut ends this thread
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+                with self._lock:
+                    self._sockets += [near, far]
+                for source, sink, counted in ((near, far, False), (far, near, True)):
+                    threading.Thread(target=self._forward, args=(source, sink, counted), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):  # either side has gone, or both by the cut
+            while data := source.recv(1 << 16):
+                with self._lock:
+                    passes = min(len(data), self._left) if counted else len(data)
+                    self._left -= passes if counted else 0
+                sink.sendall(data[:passes])
+                if passes < len(data):
+                    self.cut()
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """End all connections and take no more."""
+        with self._lock:
+            self.is_cut = True
+            sockets, self._sockets = self._sockets, []
+        for sock in (self._listener, *sockets):
+            with contextlib.suppress(OSError):  # the other side may have closed it first
+                sock.shutdown(socket.SHUT_RDWR)
+        for sock in sockets:
+            sock.close()
+        self._on_cut()
 
 
 class Cluster:
@@ -205,6 +258,15 @@ class Cluster:
         for node in self.nodes:
             node.die()
 
-    def behind(self, views: Sequence[NodeView], name: str, port: int) -> list[NodeView]:
-        """The same views with one node reached through another port."""
-        return [replace(view, port=port) if view.name == name else view for view in views]
+    def gated(self, position: int, limit_bytes: int) -> tuple[list[NodeView], Gate]:
+        """Views in which the others reach one node through a gate."""
+        views = self.views()
+        name = self.nodes[position].name
+        gate = Gate(next(view.port for view in views if view.name == name), limit_bytes, self.notify)
+        return [replace(view, port=gate.port) if view.name == name else view for view in views], gate
+
+    def notify(self) -> None:
+        """Let everybody who waits for something look again."""
+        for node in self.nodes:
+            with node.keeper.changed:
+                node.keeper.changed.notify_all()

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from refound.ckpt.client import find_nodes, stop_job
-from refound.ckpt.paths import job_dir
+from refound.ckpt.client import Client, find_nodes, stop_job
+from refound.ckpt.paths import job_dir, socket_path
 
 SCRIPT = Path(__file__).parent / "jobs" / "train.py"
 STEPS = 100
-"""Length of every job and of the references they are compared with."""
+"""How long a job is, unless it says otherwise."""
 PATIENCE_S = 120.0
 """How long anything may take before a test says that it hangs."""
 _POLL_S = 0.02
@@ -48,12 +48,12 @@ class Reference:
 
 
 @functools.cache
-def reference(kind: str, world: int, script: tuple[str, ...] = ()) -> Reference:
+def reference(kind: str, world: int, steps: int, script: tuple[str, ...]) -> Reference:
     """The undisturbed run, without refound, of `world` ranks; made once a session."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         command = [*_TORCHRUN, "--standalone", f"--nproc-per-node={world}", str(SCRIPT)]
-        command += [*_arguments(out, kind, STEPS), *script]
+        command += [*_arguments(out, kind, steps), *script]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("REFOUND_")}
         done = subprocess.run(command, env=environment | _QUIET, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -105,6 +105,7 @@ class Job:
     nodes: int = 3
     workers: int = 1
     kind: str = "ddp"
+    steps: int = STEPS
     conf: str = ""
     """More of `--rdzv-conf`."""
     max_restarts: int = 50
@@ -139,7 +140,7 @@ class Job:
 
     def start_node(self, node: int, *, conf: str = "", environment: Mapping[str, str] | None = None) -> None:
         """Start the agent of one node, with settings of its own if any."""
-        script = [*_arguments(self.out, self.kind, STEPS), "--gate", str(self._gate), *self.script]
+        script = [*_arguments(self.out, self.kind, self.steps), "--gate", str(self._gate), *self.script]
         command = [*_TORCHRUN, f"--nproc-per-node={self.workers}", f"--max-restarts={self.max_restarts}"]
         command += self._rendezvous(node, conf)
         env = os.environ | _QUIET | {_MARK: self.name} | dict(self.environment) | dict(environment or {})
@@ -218,7 +219,19 @@ class Job:
         return {int(status["node"].removeprefix("node")): status for status in find_nodes(self.name)}
 
     def status(self, node: int) -> Status:
-        return eventually(lambda: self.statuses().get(node), f"node {node} has a snapshot process")
+        """What one node's snapshot process says; the others may be stopped."""
+        return eventually(lambda: self._ask(node), f"node {node} has a snapshot process")
+
+    def _ask(self, node: int) -> Status:
+        if self.standalone:
+            return self.statuses().get(node, {})
+        try:
+            client = Client(socket_path(self.name, f"node{node}"))
+        except OSError:
+            return {}
+        with contextlib.closing(client), contextlib.suppress(OSError):
+            return client.call({"op": "status"})[0]
+        return {}
 
     @property
     def generation(self) -> int:
@@ -261,7 +274,7 @@ class Job:
     def train_to(self, step: int) -> None:
         """Run to this step and wait until all nodes hold it, parity and all."""
         self.allow(step)
-        self._eventually(lambda: self._rests_at(step), f"all nodes hold step {step}")
+        self.wait(lambda: self._rests_at(step), f"all nodes hold step {step}")
 
     def _rests_at(self, step: int) -> bool:
         statuses = self.statuses()
@@ -278,7 +291,7 @@ class Job:
             now = {status["generation"] for status in self.statuses().values()}
             return last if {start["generation"] for start in last} == now and min(now) > generation else []
 
-        last = self._eventually(look, f"all ranks are back after generation {generation}")
+        last = self.wait(look, f"all ranks are back after generation {generation}")
         steps = {start["start"] for start in last}
         assert len(steps) == 1, f"ranks went on from different steps: {last}"
         return steps.pop()
@@ -295,13 +308,17 @@ class Job:
 
     def lose_node(self, node: int, *, restart: bool = True) -> int:
         """Kill a node's agent, workers and snapshot process at once, and bring an empty one back."""
-        generation, status = self.generation, self.status(node)
-        agent = self._agents[node]
-        send([agent.pid, *(worker["pid"] for worker in status["workers"]), status["pid"]])
-        agent.wait()
+        generation = self.generation
+        send(self.node_pids(node))
+        self._agents[node].wait()
         if restart:
             self.start_node(node)
         return generation
+
+    def node_pids(self, node: int) -> list[int]:
+        """All that runs on a node: the agent first, so that it does not replace what dies after it."""
+        status = self.status(node)
+        return [self._agents[node].pid, *(worker["pid"] for worker in status["workers"]), status["pid"]]
 
     def agent(self, node: int) -> subprocess.Popen[bytes]:
         return self._agents[node]
@@ -311,7 +328,7 @@ class Job:
 
         least: a step that must have been reached.
         """
-        expected = reference(self.kind, self.world, tuple(self.script)).losses
+        expected = reference(self.kind, self.world, self.steps, tuple(self.script)).losses
         for rank in range(self.world):
             steps = _steps(read_records(self.out, rank))
             wrong = [record for record in steps if record["loss"] != expected[rank][record["step"]]]
@@ -320,11 +337,11 @@ class Job:
 
     def finish(self) -> None:
         """Let the job end by itself; it must end as undisturbed and leave nothing behind."""
-        self.allow(STEPS)
+        self.allow(self.steps)
         statuses = self.wait_agents()
         assert set(statuses.values()) == {0}, f"{statuses}\n{self.logs()}"
-        self.check_losses(STEPS)
-        expected = reference(self.kind, self.world, tuple(self.script)).digests
+        self.check_losses(self.steps)
+        expected = reference(self.kind, self.world, self.steps, tuple(self.script)).digests
         for rank in range(self.world):
             final = json.loads((self.out / f"final{rank}.json").read_text())
             assert final == {"committed": True, "digests": expected[rank]}
@@ -335,7 +352,7 @@ class Job:
         eventually(lambda: not self.processes(), f"nothing of the job is left: {self.processes()}", timeout_s=10)
         assert not job_dir(self.name).exists(), sorted(job_dir(self.name).iterdir())
 
-    def _eventually(self, look: Callable[[], T], what: str) -> T:
+    def wait(self, look: Callable[[], T], what: str) -> T:
         """Like `eventually`, and at once when an agent has ended, with what the nodes said."""
 
         def watch() -> tuple[T, bool] | None:

@@ -7,11 +7,11 @@ moment is there, the status is read again to see that it still is, and only then
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from .harness import STEPS, Job, Status, send
+from .harness import Job, send
 
 _SLICE_S = 0.002
 
@@ -20,7 +20,7 @@ _SLICE_S = 0.002
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """Three nodes with 24 MB of state each, so that copies and rebuilds take a while."""
     folder = tmp_path_factory.mktemp("moments")
-    with Job(folder, kind="fsdp", script=("--ballast-mb", "24"), conf="parity_rate_mb_s=30") as job:
+    with Job(folder, kind="fsdp", steps=50, script=("--ballast-mb", "24"), conf="parity_rate_mb_s=30") as job:
         yield job.start()
 
 
@@ -31,21 +31,19 @@ def rest(job: Job) -> int:
     return step
 
 
-def catch(job: Job, pids: Callable[[], list[int]], there: Callable[[dict[int, Status]], bool], until: int) -> bool:
-    """Let processes run in slices of milliseconds until the moment is there; they are left stopped, in the moment.
+def catch_copying(job: Job, node: int, step: int) -> bool:
+    """Let a node's worker run in slices of milliseconds until it copies `step`; it is left stopped in the middle.
 
-    False, and they run on, if the job comes to hold step `until` without having been caught.
+    False, and it runs on, if the copy was over before it was seen.
     """
+    workers = job.worker_pids(node)
     while True:
-        stopped = pids()
-        send(stopped, signal.SIGSTOP)
-        statuses = job.statuses()
-        if there(statuses):
+        send(workers, signal.SIGSTOP)
+        status = job.status(node)
+        if status["phase"] == "copying":
             return True
-        send(stopped, signal.SIGCONT)
-        if len(statuses) == job.nodes and all(
-            (s["committed"] or {}).get("step", 0) >= until for s in statuses.values()
-        ):
+        send(workers, signal.SIGCONT)
+        if (status["committed"] or {}).get("step", 0) >= step:
             return False
         time.sleep(_SLICE_S)
 
@@ -53,13 +51,11 @@ def catch(job: Job, pids: Callable[[], list[int]], there: Callable[[dict[int, St
 def test_worker_killed_while_its_snapshot_is_copied(job: Job) -> None:
     """The torn copy is dropped and the step before it restored."""
     step = rest(job)
-    while True:
-        job.allow(step + 1)
-        workers = job.worker_pids(1)
-        if catch(job, lambda: workers, lambda statuses: statuses[1]["phase"] == "copying", until=step + 1):
-            break
+    job.allow(step + 1)
+    while not catch_copying(job, 1, step + 1):
         step += 1
-    generation = job.strike(workers)
+        job.allow(step + 1)
+    generation = job.strike(job.worker_pids(1))
     assert job.wait_back(generation) == step
     job.train_to(step + 2)
     job.check_losses(step + 2)
@@ -89,19 +85,48 @@ def test_node_lost_while_parity_is_exchanged(job: Job) -> None:
     job.check_losses(step + 2)
 
 
-def recovering(job: Job, node: int, helper: int) -> int:
-    """Lose a node and hold its recovery half-way, by stopping the snapshot process of a helper. Returns the step."""
+def hold_recovery(job: Job, node: int, helper: int) -> tuple[int, int]:
+    """Lose a node, bring it back and hold its recovery half-way, by stopping the snapshot process of a helper.
+
+    Returns the step that is being recovered and the process that is stopped.
+    """
     while True:
         step = rest(job)
-        generation = job.lose_node(node)
-        job.wait(lambda g=generation: job.generation > g and 1 in job.statuses(), "the node is back")
-        processes = [job.status(helper)["pid"]]
-        send(processes, signal.SIGSTOP)
-        if job.status(node)["phase"] == "recovering":
-            return step
-        send(processes, signal.SIGCONT)
+        generation, helping = job.lose_node(node), job.status(helper)["pid"]
+        job.wait(lambda g=generation: job.status(helper)["generation"] > g, "a new generation")
+        send([helping], signal.SIGSTOP)
+        status = job.status(node)
+        if status["phase"] == "recovering" and "seconds" not in status["restored"]:  # its data is not whole yet
+            return step, helping
+        send([helping], signal.SIGCONT)
         job.wait_back(generation)
 
 
-def test_dummy() -> None:
-    assert STEPS
+def test_worker_killed_while_a_node_recovers(job: Job) -> None:
+    """The recovery is given up in the middle and begun again in the next generation."""
+    step, stopped = hold_recovery(job, node=1, helper=2)
+    status = job.wait(lambda: (s := job.status(0))["workers"] and s, "node 0 has a worker")
+    assert job.status(1)["phase"] == "recovering"
+    send(worker["pid"] for worker in status["workers"])
+    send([stopped], signal.SIGCONT)
+    assert job.wait_back(status["generation"]) == step
+    assert job.sources()[1] == "parity"
+    job.train_to(step + 2)
+    job.check_losses(step + 2)
+
+
+def test_node_lost_again_while_it_recovers(job: Job) -> None:
+    step, stopped = hold_recovery(job, node=1, helper=0)
+    generation = job.status(1)["generation"]
+    send(job.node_pids(1))
+    send([stopped], signal.SIGCONT)
+    job.agent(1).wait()
+    job.start_node(1)
+    assert job.wait_back(generation) == step
+    assert job.sources()[1] == "parity"
+    job.train_to(step + 2)
+    job.check_losses(step + 2)
+
+
+def test_the_job_ends_as_if_undisturbed(job: Job) -> None:
+    job.finish()

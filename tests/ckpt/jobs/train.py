@@ -78,8 +78,9 @@ def make_model(options: argparse.Namespace, world: int) -> torch.nn.Module:
         for layer in net.layers:
             fully_shard(layer, mesh=mesh)
         return fully_shard(net, mesh=mesh)
-    # Each rank keeps its own buffer, as its batches are its own.
-    return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    # Each rank keeps its own buffer, as its batches are its own. By default DDP lays its gradient buckets out anew
+    # after a process's first step, and with three ranks or more another layout sums in another order (README).
+    return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, find_unused_parameters=True)
 
 
 def digest(value: Any) -> str:
