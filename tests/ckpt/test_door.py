@@ -59,8 +59,8 @@ def job(request: pytest.FixtureRequest) -> Iterator[str]:
     stop_job(name)
     for pid in pids:
         eventually(lambda p=pid: not is_running(p), "the snapshot process goes when it is told to")
-    for process in attach_module._started:
-        process.poll()  # an agent ends before it need do so
+    while attach_module._started:  # an agent would have ended by now
+        attach_module._started.pop().wait(PATIENCE_S)
     assert not list(socket_path(name, "n").parent.glob("*"))
 
 
