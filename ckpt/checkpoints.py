@@ -11,12 +11,14 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..erasure import checksum
 from .agreement import SnapshotId
 from .errors import DamageError
 from .held import Held, Record, ShardRecord, failing_buckets, pack_record, unpack_record
@@ -58,11 +60,16 @@ def write_part(root: Path, held: Held) -> None:
 def commit(root: Path, snapshot: SnapshotId, facts: dict[str, Any], keep: int) -> Path:
     """At the lead, when all parts are durable: make it a checkpoint, then remove all but the newest `keep`."""
     folder = directory_of(root, snapshot)
-    text = json.dumps({"format": _FORMAT, "step": snapshot.step, "generation": snapshot.generation, **facts}).encode()
+    facts = {"format": _FORMAT, "step": snapshot.step, "generation": snapshot.generation, **facts}
+    text = json.dumps({**facts, "crc32c": _facts_checksum(facts)}).encode()
     _write_durably(folder / _COMMIT, np.frombuffer(text, np.uint8))
     _sync_directory(folder)
     _remove_old(root, keep)
     return folder
+
+
+def _facts_checksum(facts: dict[str, Any]) -> int:
+    return checksum(json.dumps(facts, sort_keys=True).encode())
 
 
 def discard(root: Path, snapshot: SnapshotId) -> None:
@@ -80,6 +87,7 @@ def _remove_old(root: Path, keep: int) -> None:
         folder = directory_of(root, snapshot)
         # The commit file goes first: a removal cut short leaves no checkpoint, rather than part of one.
         (folder / _COMMIT).unlink()
+        _sync_directory(folder)
         shutil.rmtree(folder)
     newest = complete[-1]
     for entry in root.iterdir():
@@ -96,9 +104,11 @@ def facts_of(root: Path, snapshot: SnapshotId) -> dict[str, Any]:
     """What the commit file says: step, generation, world_size, nodes. Raises DamageError if it is unreadable."""
     try:
         facts = json.loads((directory_of(root, snapshot) / _COMMIT).read_bytes())
+        if facts.pop("crc32c") != _facts_checksum(facts):
+            raise ValueError("its checksum fails")
         if facts["format"] != _FORMAT or facts["step"] != snapshot.step or not isinstance(facts["world_size"], int):
             raise ValueError("it is of another format or another step")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamageError(f"{directory_of(root, snapshot) / _COMMIT} is unreadable: {error}") from error
     return facts
 
@@ -147,17 +157,18 @@ def _record_with(folder: Path, rank: int) -> Record:
 
 
 def set_aside(root: Path, snapshot: SnapshotId, reason: str) -> None:
-    """Mark a checkpoint damaged: it no longer counts, and its files stay for a look."""
+    """Mark a checkpoint damaged: it no longer counts, and its files stay for a look. Many may do so at once."""
     folder = directory_of(root, snapshot)
-    text = json.dumps({"reason": reason}).encode()
-    _write_durably(folder / _DAMAGED, np.frombuffer(text, np.uint8))
+    if not (folder / _DAMAGED).exists():  # what was found first is the reason; what follows from it is not
+        text = json.dumps({"reason": reason}).encode()
+        _write_durably(folder / _DAMAGED, np.frombuffer(text, np.uint8))
     (folder / _COMMIT).unlink(missing_ok=True)
     _sync_directory(folder)
 
 
 def _write_durably(path: Path, data: np.ndarray) -> None:
     """Write beside `path`, fsync, rename: under its own name a file is whole or absent."""
-    beside = path.with_name(f".{path.name}.partial")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     view = data.data
     with beside.open("wb") as file:
         for start in range(0, len(view), _WRITE_BYTES):
