@@ -156,7 +156,7 @@ def test_stop_frees_a_snapshot_process(tmp_path: Path, snapshot_process: subproc
 def test_stop_spares_a_running_job(tmp_path: Path, snapshot_process: subprocess.Popen[bytes]) -> None:
     agent = Client(socket_path("my-job", "n0"))
     try:
-        agent.call({"op": "attach"})
+        agent.call({"op": "attach", "job": "my-job"})
         done = refound("stop", "my-job", cwd=tmp_path)
         assert done.returncode == 1
         assert f"is running (torchrun pid {os.getpid()})" in done.stderr

@@ -108,6 +108,7 @@ def test_worker_killed_while_a_node_recovers(job: Job) -> None:
     status = job.wait(lambda: (s := job.status(0))["workers"] and s, "node 0 has a worker")
     assert job.status(1)["phase"] == "recovering"
     send(worker["pid"] for worker in status["workers"])
+    job.wait(lambda: job.status(1)["phase"] == "rendezvous", "node 1 gives its recovery up")
     send([stopped], signal.SIGCONT)
     assert job.wait_back(status["generation"]) == step
     assert job.sources()[1] == "parity"
