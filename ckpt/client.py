@@ -72,7 +72,7 @@ def find_nodes(job: str | None = None) -> list[dict[str, Any]]:
     folders = [job_dir(job)] if job is not None else _folders()
     found = []
     for folder in folders:
-        for path in sorted(folder.glob("*.sock")):
+        for path in _sockets(folder):
             with contextlib.suppress(OSError):
                 found.append(_ask(path, {"op": "status"}))
     return sorted(found, key=lambda status: (status["job"], status["node"]))
@@ -81,7 +81,7 @@ def find_nodes(job: str | None = None) -> list[dict[str, Any]]:
 def stop_job(job: str) -> int:
     """Tell the job's snapshot processes on this host to free their memory and go. Returns how many were told."""
     told = 0
-    for path in sorted(job_dir(job).glob("*.sock")):
+    for path in _sockets(job_dir(job)):
         with contextlib.suppress(OSError):
             _ask(path, {"op": "stop"})
             told += 1
@@ -89,8 +89,19 @@ def stop_job(job: str) -> int:
 
 
 def _folders() -> list[Path]:
-    root = runtime_dir()
-    return [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
+    return [entry for entry in _entries(runtime_dir()) if entry.is_dir()]
+
+
+def _sockets(folder: Path) -> list[Path]:
+    return sorted(entry for entry in _entries(folder) if entry.suffix == ".sock")
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if it is not there, or goes away just now: the last process of a job removes it."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _ask(path: Path, message: Message) -> dict[str, Any]:

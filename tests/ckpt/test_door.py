@@ -22,7 +22,7 @@ from refound.ckpt.client import Client, find_nodes, stop_job
 from refound.ckpt.conf import PluginConfig
 from refound.ckpt.errors import ConfigError, ProtocolError, SnapshotMemoryError, StaleWriterError
 from refound.ckpt.link import Link, Place
-from refound.ckpt.paths import private_dir, runtime_dir, socket_path
+from refound.ckpt.paths import job_dir, private_dir, runtime_dir, socket_path
 from refound.ckpt.stripes import BUCKET_BYTES
 
 PATIENCE_S = 30.0
@@ -249,6 +249,23 @@ def test_a_stale_socket_of_nobody_is_replaced(job: str) -> None:
         sock.bind(str(path))
     one_node(job)
     assert find_nodes(job)[0]["node"] == "n"
+
+
+def test_looking_while_folders_come_and_go_finds_nothing_and_does_not_fail() -> None:
+    """The last snapshot process of a job removes its folder, at any moment of somebody's look."""
+    folder = job_dir("fleeting")
+    private_dir(runtime_dir())
+    code = "import os, sys\nwhile True: os.mkdir(sys.argv[1]), os.rmdir(sys.argv[1])"
+    churn = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+    try:
+        eventually(folder.exists, "the folder comes and goes")
+        assert not any(find_nodes("fleeting") or stop_job("fleeting") for _ in range(3000))
+        assert all(status["job"] != "fleeting" for status in find_nodes())
+    finally:
+        churn.kill()
+        churn.wait()
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()
 
 
 def test_the_key_of_a_generation_needs_secret_and_nonce() -> None:
