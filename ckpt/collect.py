@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .errors import UnsupportedStateError
 from .tree import Json, encode
 
 RNG = "$rng"
@@ -79,7 +81,9 @@ class Collector:
         self, state: State, known: dict[tuple[Any, ...], int], role: Role, path: str, tensor: torch.Tensor
     ) -> int:
         local, spec = _local(tensor)
-        key = (local.data_ptr(), local.dtype, local.shape, local.stride(), local.device)
+        _check_dense(path, local)
+        lazily = (local.is_conj(), local.is_neg())  # such a view differs from its base in nothing else
+        key = (local.data_ptr(), local.dtype, local.shape, local.stride(), local.device, lazily)
         if local.numel() and key in known:
             return known[key]  # tied weights are one leaf
         constant, parameter = role(path)
@@ -97,6 +101,24 @@ def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any] | None]:
         return tensor.detach(), None
     with torch.no_grad():
         return tensor.to_local(), spec_of(tensor)
+
+
+def _check_dense(path: str, tensor: torch.Tensor) -> None:
+    """Raises UnsupportedStateError for tensors that are more, or less, than one block of plain numbers."""
+    kind = None
+    if tensor.is_meta:
+        kind = "meta"
+    elif tensor.layout is not torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.")
+    elif tensor.is_quantized:
+        kind = "quantized"
+    elif is_traceable_wrapper_subclass(tensor):
+        kind = type(tensor).__qualname__
+    if kind:
+        raise UnsupportedStateError(
+            f"{path} is a {kind} tensor, which is not one dense block of numbers. Leave it out of state_dict(), or "
+            "put the dense tensors it is made of there"
+        )
 
 
 def spec_of(tensor: DTensor) -> dict[str, Any]:

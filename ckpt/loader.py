@@ -51,8 +51,8 @@ class Loader:
         saved, now = set(self._shard.objects) - {RNG}, set(objects)
         problems = [f"the snapshot holds {name!r}, which is not protected now" for name in sorted(saved - now)]
         problems += [f"{name!r} is protected now and not in the snapshot" for name in sorted(now - saved)]
-        slots = {slot.path: slot for slot in self._shard.slots}
-        leaves = {leaf.path: leaf for leaf in collector.collect().leaves}
+        slots = {slot.path: slot for slot in self._shard.slots if not _is_extra(slot.path)}
+        leaves = {leaf.path: leaf for leaf in collector.collect().leaves if not _is_extra(leaf.path)}
         modules = tuple(f"{name}/" for name, value in objects.items() if isinstance(value, torch.nn.Module))
         for path in sorted({p for p in slots if p.startswith(modules)} | {p for p in leaves if p.startswith(modules)}):
             problems += _compare(path, slots.get(path), leaves.get(path), slots)
@@ -71,7 +71,8 @@ class Loader:
     def _read_into(self, slot: Slot, target: torch.Tensor) -> None:
         """Fill a dense local tensor."""
         found = pieces(self._parts[slot.region], slot.offset, slot.size_bytes)
-        if target.device.type == "cpu" and target.is_contiguous():
+        lazily = target.is_conj() or target.is_neg()
+        if target.device.type == "cpu" and target.is_contiguous() and not lazily:
             view = target.detach().reshape(-1).view(torch.uint8).numpy()
             for at, data in found:
                 view[at : at + len(data)] = data
@@ -108,7 +109,7 @@ class Loader:
         rest: dict[str, Json] = {}
         with torch.no_grad():
             for key, item in _entries(data):
-                if isinstance(item, dict) and "$tensor" in item:
+                if isinstance(item, dict) and "$tensor" in item and not _is_extra(key):
                     tensor = live[key]
                     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                     self._read_into(self._shard.slots[item["$tensor"]], local)
@@ -122,6 +123,11 @@ class Loader:
 def _entries(data: Json) -> list[tuple[str, Json]]:
     """The items of an encoded state_dict."""
     return list(data.items()) if "$ordered" not in data else [(key, item) for key, item in data["$ordered"]]
+
+
+def _is_extra(path: str) -> bool:
+    """Whether a path lies in what get_extra_state() of some module gave, which set_extra_state() must get."""
+    return any(part.rpartition(".")[2] == "_extra_state" for part in path.split("/"))
 
 
 def _spec_key(spec: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ def encode(value: Any, path: str, tensor: Callable[[str, torch.Tensor], int]) ->
     if isinstance(value, torch.Tensor):
         return {"$tensor": tensor(path, value)}
     if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
+        # A subclass holds more than its values, and a record's fields are more than its bytes.
+        if type(value) not in (np.ndarray, np.memmap) or value.dtype.hasobject or value.dtype.kind == "V":
             raise _unsupported(path, value)
         return {"$array": tensor(path, torch.from_numpy(np.atleast_1d(value).copy().view(np.uint8)))} | {
             "dtype": value.dtype.str,
@@ -40,6 +41,8 @@ def encode(value: Any, path: str, tensor: Callable[[str, torch.Tensor], int]) ->
     for kind, name in _SEQUENCES.items():
         if type(value) is kind:
             items = [encode(item, f"{path}/{i}", tensor) for i, item in enumerate(value)]
+            if isinstance(value, deque):
+                return {name: items, "maxlen": value.maxlen}
             return items if name == "$list" else {name: items}
     return _encode_scalar(value, path)
 
@@ -65,8 +68,8 @@ def _encode_mapping(value: dict[Any, Any], path: str, tensor: Callable[[str, tor
 
 def _encode_scalar(value: Any, path: str) -> Json:
     if isinstance(value, bytes | bytearray):
-        return {"$bytes": base64.b64encode(bytes(value)).decode()}
-    if isinstance(value, np.generic) and not value.dtype.hasobject:
+        return {"$bytes" if isinstance(value, bytes) else "$bytearray": base64.b64encode(bytes(value)).decode()}
+    if isinstance(value, np.generic) and not value.dtype.hasobject and value.dtype.kind != "V":
         return {"$scalar": base64.b64encode(value.tobytes()).decode(), "dtype": value.dtype.str}
     if isinstance(value, complex):
         return {"$complex": [value.real, value.imag]}
@@ -100,6 +103,8 @@ def decode(data: Json, tensor: Callable[[int], torch.Tensor]) -> Any:
     if tag == "$array":
         raw = tensor(data[tag]).cpu().contiguous().numpy().view(np.dtype(data["dtype"]))
         return raw.reshape(data["shape"]).copy()
+    if tag == "$deque":
+        return deque((decode(item, tensor) for item in data[tag]), maxlen=data["maxlen"])
     for kind, name in _SEQUENCES.items():
         if tag == name:
             return kind(decode(item, tensor) for item in data[tag])
@@ -113,6 +118,8 @@ def _decode_scalar(tag: str, data: dict[str, Any]) -> Any:
     value = data[tag]
     if tag == "$bytes":
         return base64.b64decode(value)
+    if tag == "$bytearray":
+        return bytearray(base64.b64decode(value))
     if tag == "$scalar":
         return np.frombuffer(base64.b64decode(value), np.dtype(data["dtype"]))[0]
     if tag == "$complex":

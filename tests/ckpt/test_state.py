@@ -214,11 +214,79 @@ def test_nested_state_comes_back_as_it_was(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [math.inf, -math.inf, 1e-320, Counter({3: 2}), torch.Size([2, 3]), torch.bfloat16, torch.device("cpu"), 3 + 4j],
+    [
+        *(math.inf, -math.inf, 1e-320, 3 + 4j, Counter({3: 2}), bytearray(b"ab")),
+        *(torch.Size([2, 3]), torch.bfloat16, torch.device("cpu")),
+    ],
 )
 def test_other_kinds_come_back(value: Any) -> None:
     assert round_trip(value) == value
     assert type(round_trip(value)) is type(value)
+
+
+def test_a_bounded_deque_stays_bounded() -> None:
+    found = round_trip({"recent": deque([1, 2, 3], maxlen=3)})["recent"]
+    found.append(4)
+    assert found == deque([2, 3, 4])
+
+
+class Remembers(torch.nn.Module):
+    """A module whose extra state holds tensors, one of them named like nothing the module has."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+        self.history = [torch.full((3,), value)]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+
+
+def test_extra_state_may_hold_tensors_and_grow() -> None:
+    saved, fresh = torch.nn.Sequential(Remembers(1.0)), torch.nn.Sequential(Remembers(2.0))
+    saved[0].history.append(torch.arange(5))
+    restore({"model": fresh}, shard_bytes({"model": saved}))
+    assert [h.tolist() for h in fresh[0].history] == [[1.0, 1.0, 1.0], [0, 1, 2, 3, 4]]
+    assert torch.equal(fresh[0].inner.weight, saved[0].inner.weight)
+
+
+def test_lazily_conjugated_and_negated_tensors_come_back_as_they_read() -> None:
+    """Such a view has its base's memory and shape, and other values."""
+    base = torch.randn(4, dtype=torch.complex64)
+    views = {"base": base, "conjugate": base.conj(), "negative": base.conj().imag}
+    found = Holder({})
+    restore({"x": found}, shard_bytes({"x": Holder(views)}))
+    for name, tensor in views.items():
+        assert torch.equal(found.state[name], tensor), name
+
+
+class Holder:
+    """Anything with a state_dict."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "sparse_coo"),
+        (torch.empty(3, device="meta"), "meta"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "jagged|NestedTensor"),
+    ],
+)
+def test_tensors_that_are_not_one_block_of_numbers_are_named(tensor: torch.Tensor, kind: str) -> None:
+    with pytest.raises(UnsupportedStateError, match=rf"x/odd is a ({kind}) tensor"):
+        shard_bytes({"x": Holder({"odd": tensor})})
 
 
 @pytest.mark.parametrize("array", [np.float64(2.5), np.arange(6, dtype="<i2").reshape(2, 3), np.zeros(0, np.float32)])
@@ -233,6 +301,10 @@ def test_what_has_no_form_as_data_is_named() -> None:
         round_trip({"a": [1, object()]})
     with pytest.raises(UnsupportedStateError, match="function"):
         round_trip({"hook": test_nested_state_comes_back_as_it_was})
+    record = np.zeros(2, [("a", "<i4"), ("b", "<f8")])
+    for array in (record, record[0], np.ma.masked_array([1, 2], mask=[0, 1]), np.array([object()])):
+        with pytest.raises(UnsupportedStateError, match="numpy"):
+            round_trip({"array": array})
 
 
 def test_shards_are_whole_buckets() -> None:
