@@ -7,7 +7,6 @@ copied beside the next forward and backward; everything else (buffers, RNG, posi
 DTensor's mesh): they share the work, a part each.
 """
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -60,6 +58,8 @@ class Collector:
     def __init__(self, objects: dict[str, Any], *, rank: int, replicas: bool = True) -> None:
         self._objects, self._rank, self._use_replicas = objects, rank, replicas
         self._replicas_of: dict[int, tuple[int, ...]] = {}
+        # Remembered here and not by functools: a mesh that outlives its process group can crash the exit of gloo.
+        self._layouts: dict[tuple[Any, ...], tuple[dict[str, Any], tuple[int, ...]]] = {}
         for value in objects.values():
             if isinstance(value, DistributedDataParallel) and replicas:
                 ranks = tuple(sorted(dist.get_process_group_ranks(value.process_group)))
@@ -80,7 +80,7 @@ class Collector:
     def _leaf(
         self, state: State, known: dict[tuple[Any, ...], int], role: Role, path: str, tensor: torch.Tensor
     ) -> int:
-        local, spec = _local(tensor)
+        local = _local(tensor)
         _check_dense(path, local)
         lazily = (local.is_conj(), local.is_neg())  # such a view differs from its base in nothing else
         key = (local.data_ptr(), local.dtype, local.shape, local.stride(), local.device, lazily)
@@ -88,19 +88,28 @@ class Collector:
             return known[key]  # tied weights are one leaf
         constant, parameter = role(path)
         if isinstance(tensor, DTensor):
-            replicas = _mesh_replicas(tensor, self._rank) if self._use_replicas else (self._rank,)
+            spec, replicas = self._layout(tensor)
         else:
-            replicas = self._replicas_of.get(id(parameter), (self._rank,))
+            spec, replicas = None, self._replicas_of.get(id(parameter), (self._rank,))
         state.leaves.append(Leaf(path=path, tensor=local, constant=constant, replicas=replicas, spec=spec))
         known[key] = len(state.leaves) - 1
         return known[key]
 
 
-def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any] | None]:
+    def _layout(self, tensor: DTensor) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """The spec of a DTensor, one object for all that share it, and the ranks that hold the same bytes of it."""
+        key = (tensor.shape, tensor.stride(), tuple(tensor.placements), tensor.device_mesh)
+        if key not in self._layouts:
+            replicas = _mesh_replicas(tensor, self._rank) if self._use_replicas else (self._rank,)
+            self._layouts[key] = spec_of(tensor), replicas
+        return self._layouts[key]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
-        return tensor.detach(), None
+        return tensor.detach()
     with torch.no_grad():
-        return tensor.to_local(), spec_of(tensor)
+        return tensor.to_local()
 
 
 def _check_dense(path: str, tensor: torch.Tensor) -> None:
@@ -123,13 +132,8 @@ def _check_dense(path: str, tensor: torch.Tensor) -> None:
 
 def spec_of(tensor: DTensor) -> dict[str, Any]:
     """What makes this tensor a part of a larger one, as data."""
-    return _spec(tensor.shape, tensor.stride(), tuple(tensor.placements), tensor.device_mesh)
-
-
-@functools.cache
-def _spec(shape: torch.Size, stride: tuple[int, ...], placements: tuple[Any, ...], mesh: DeviceMesh) -> dict[str, Any]:
-    names = [str(placement) for placement in placements]
-    return {"shape": list(shape), "stride": list(stride), "placements": names, "mesh": mesh.mesh.tolist()}
+    placements, mesh = [str(placement) for placement in tensor.placements], tensor.device_mesh.mesh.tolist()
+    return {"shape": list(tensor.shape), "stride": list(tensor.stride()), "placements": placements, "mesh": mesh}
 
 
 def _roles(owner: Any, name: str) -> Role:
@@ -157,15 +161,14 @@ def _no_role(path: str) -> tuple[bool, torch.nn.Parameter | None]:
 
 def _mesh_replicas(tensor: DTensor, rank: int) -> tuple[int, ...]:
     """The ranks of the tensor's mesh that differ from this one in replicated dimensions only."""
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
+    coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return (rank,)
     index = tuple(
         slice(None) if isinstance(placement, Replicate) else coordinate[dim]
         for dim, placement in enumerate(tensor.placements)
     )
-    return tuple(sorted(int(r) for r in mesh.mesh[index].flatten()))
+    return tuple(sorted(int(r) for r in tensor.device_mesh.mesh[index].flatten()))
 
 
 def random_state() -> dict[str, Any]:

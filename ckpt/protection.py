@@ -223,6 +223,7 @@ class Protection:
         """
         self._wait()
         link, self._link = self._link, None
+        atexit.unregister(self._at_exit)  # it would keep the model, and a mesh with its process groups, to the very end
         if link is None or not self._last_snapshot:
             return False
         try:
