@@ -103,7 +103,7 @@ bench: $(STAMP)
 	done; exit $$status
 
 chaos: $(STAMP)
-	@$(BIN)/python tests/chaos/campaign.py --runs $(RUNS) $(ARGS)
+	@$(BIN)/refound chaos --runs $(RUNS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis
