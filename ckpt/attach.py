@@ -52,6 +52,13 @@ class Attachment:
         """Whether the snapshot process is still there."""
         return self._client.alive()
 
+    def is_over(self) -> bool:
+        """Whether all ranks of the job have said that they are done for good; False if nobody can say."""
+        try:
+            return bool(self._client.call({"op": "over"})[0].get("over"))
+        except OSError:
+            return False
+
     @property
     def lease_s(self) -> float:
         """How long the memory is kept when the agent has gone."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import fence, wire
+from .agreement import SnapshotId
 from .errors import ProtocolError, SnapshotError
 from .held import pack_record
 from .keeper import Keeper
@@ -39,8 +40,10 @@ class Door:
         agent: Callable[[Message], Message],
         stop: Callable[[], None],
         restore: Callable[[], Restore],
+        finished: Callable[[SnapshotId], None],
     ) -> None:
         self._keeper, self._agent, self._stop, self._restore = keeper, agent, stop, restore
+        self._finished = finished
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         beside = path.with_suffix(".new")
         beside.unlink(missing_ok=True)
@@ -163,6 +166,9 @@ class Door:
             keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message))
         elif op == "abort":
             keeper.abort(worker)
+        elif op == "finish":
+            if snapshot := keeper.finish(worker):
+                self._finished(snapshot)
         elif op == "wait":
             wait = timedelta(milliseconds=min(_count(message, "timeout_ms"), _LONGEST_WAIT_MS))
             return {"committed": keeper.wait_committed(worker, _count(message, "step"), wait)}, b"", []

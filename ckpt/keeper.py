@@ -61,6 +61,10 @@ class Keeper:
         self.trouble: SnapshotError | None = None
         self.restored: dict[str, Any] | None = None
         self.checkpoint: dict[str, Any] | None = None
+        self.finished: set[int] = set()
+        """Ranks of this node that are done for good."""
+        self.is_over = False
+        """Whether all ranks of the job are done for good."""
         self.snapshots = 0
         self.last_commit_ms = 0.0
         self._completed_at: dict[SnapshotId, float] = {}
@@ -111,6 +115,7 @@ class Keeper:
             self.position = decision.position_of(self.node)
             self.nonce = secrets.token_hex(16)
             self.prepared, self.replica_checks, self.trouble, self.committed = {}, {}, None, None
+            self.finished, self.is_over = set(), False
             self._completed_at.clear()
             self.restored = {
                 "source": decision.source,
@@ -294,6 +299,14 @@ class Keeper:
             self.writing.pop(worker.rank, None)
             self.changed.notify_all()
 
+    def finish(self, worker: Worker) -> SnapshotId | None:
+        """The worker is done for good. Returns what all hold, when it was the last of this node to say so."""
+        with self.changed:
+            self.check_open(worker.generation)
+            before = len(self.finished)
+            self.finished.add(worker.rank)
+            return self.committed if before < len(self.finished) == worker.local_world_size else None
+
     # --- the group ---------------------------------------------------------------------------------------------
 
     def offered(self, snapshot: SnapshotId, position: int, record: Record, worker_world: int) -> None:
@@ -441,6 +454,7 @@ class Keeper:
                 "last_commit_ms": round(self.last_commit_ms, 1),
                 "checkpoint": self.checkpoint,
                 "restored": self.restored,
+                "over": self.is_over,
                 "lease_s": self.conf.lease_s,
                 "trouble": str(self.trouble) if self.trouble else None,
                 "events": list(self.events),

@@ -23,6 +23,7 @@ class Control:
         self._keeper, self._decision, self._writer = keeper, decision, writer
         self._peers = Peers(keeper, decision, key)
         self._unsent = 0
+        self._finished: set[int] = set()
         self._outbox: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
 
     @property
@@ -85,6 +86,30 @@ class Control:
             self._writer.note_part(snapshot, 0, durable=durable)
         else:
             self._send(0, {**_message("persisted", snapshot), "position": self._keeper.position, "durable": durable})
+
+    def finished(self, snapshot: SnapshotId) -> None:
+        """All ranks of this node are done for good."""
+        if self.is_lead:
+            self.note_finished(snapshot, 0)
+        else:
+            self._send(0, {**_message("finished", snapshot), "position": self._keeper.position})
+
+    def note_finished(self, snapshot: SnapshotId, position: int) -> None:
+        """At the lead: the ranks at `position` are done for good. When all are, tell everybody."""
+        with self._keeper.changed:
+            self._finished.add(position)
+            if len(self._finished) < len(self._decision.nodes):
+                return
+        for other in range(len(self._decision.nodes)):
+            if other != self._keeper.position:
+                self._send(other, _message("over", snapshot))
+        self.over()
+
+    def over(self) -> None:
+        """All ranks of the job are done for good."""
+        with self._keeper.changed:
+            self._keeper.is_over = True
+        self._keeper.event("over")
 
     def _replica_checks(self, snapshot: SnapshotId) -> dict[str, int]:
         with self._keeper.changed:

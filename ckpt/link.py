@@ -104,6 +104,10 @@ class Link:
         """Wait until all nodes hold `step`."""
         return bool(self._client.call({"op": "wait", "step": step, "timeout_ms": timeout_ms})[0]["committed"])
 
+    def finish(self) -> None:
+        """This rank is done for good."""
+        self._client.call({"op": "finish"})
+
     def close(self) -> None:
         """End the conversation; a call that waits in another thread gets a ConnectionError."""
         self._client.shutdown()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections between the snapshot processes of a job: authenticated TCP, one request and one reply at a time.
 
-Requests: `offer`, `prepared`, `commit`, `persisted` (control), `read`, `record` and `rebuild` (bytes). Readers pull at
-their own pace, which is also the flow control. `server.py` answers.
+Requests: `offer`, `prepared`, `commit`, `persisted`, `finished`, `over` (control); `read`, `record`, `rebuild` (bytes).
+Readers pull at their own pace, which is also the flow control. `server.py` answers.
 """
 
 import contextlib

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch.distributed import DistStoreError, PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistStoreError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.metrics.api import MetricHandler, configure, getStream
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import (
@@ -30,6 +30,7 @@ from torch.distributed.elastic.rendezvous import (
 from .agreement import decide
 from .attach import Attachment, attach, exchange_views
 from .conf import parse
+from .ending import RoundStore
 from .errors import ConfigError, SnapshotError
 from .stripes import choose_groups
 
@@ -81,7 +82,7 @@ class RefoundRendezvous(RendezvousHandler):
     def __init__(self, inner: RendezvousHandler, attachment: Attachment, address: str) -> None:
         self._inner, self._attachment, self._address = inner, attachment, address
         self._outcome = _Outcome.watch()
-        self._left = False
+        self._left = self._joined = False
         atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
         os.environ[_NO_SHARED_STORE] = "1"  # read by the wrapped handler
         global _active
@@ -95,7 +96,18 @@ class RefoundRendezvous(RendezvousHandler):
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Join the next round. Ends the agent with exit code 2 if the nodes contradict each other."""
+        """Join the next round. Ends the agent with exit code 2 if the nodes contradict each other.
+
+        With exit code 0 if this one takes the place of an agent that was lost when all was done.
+        """
+        if not self._joined and self._attachment.is_over():
+            self._outcome.success = True
+            print(
+                "refound: all ranks of this job were done when its agent was lost: nothing is left to do",
+                file=sys.stderr,
+            )
+            raise SystemExit(0)
+        self._joined = True
         while True:
             info = self._inner.next_rendezvous()
             with _plain_errors():
@@ -121,7 +133,8 @@ class RefoundRendezvous(RendezvousHandler):
         # A fresh prefix: ranks may differ from the inner round's, whose keys the inner handler has used.
         store = PrefixStore(f"refound/{generation}", info.store)
         bootstrap = RendezvousStoreInfo.build(rank, store, local_addr=self._address)
-        return RendezvousInfo(store, rank, info.world_size, bootstrap)
+        ending = cast(Store, RoundStore(store, self._attachment.is_over))
+        return RendezvousInfo(ending, rank, info.world_size, bootstrap)
 
     def _revive(self) -> None:
         if not self._attachment.alive():

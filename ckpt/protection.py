@@ -28,7 +28,7 @@ from ..erasure import checksum
 from .buckets import BUCKETS, Buckets
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
-from .errors import ConfigError, SnapshotError, WorldSizeError
+from .errors import ConfigError, SnapshotError, StaleWriterError, WorldSizeError
 from .link import Link, Place
 from .loader import Loader
 from .shard import Plan, make_plan, signature
@@ -241,9 +241,9 @@ class Protection:
     # --- ending ------------------------------------------------------------------------------------------------
 
     def close(self, timeout: timedelta = timedelta(seconds=60)) -> bool:
-        """The training loop is over: wait until all nodes hold the last snapshot. True if they do.
+        """The job is done: wait until all nodes hold the last snapshot. True if they do.
 
-        A rank that is lost after this point has nothing left to lose but its exit code.
+        Call it last. When all ranks have, a node that is lost has nothing left to lose and is not waited for.
         """
         self._wait()
         link, self._link = self._link, None
@@ -251,8 +251,11 @@ class Protection:
         if link is None or not self._last_snapshot:
             return False
         try:
-            return link.wait_committed(self._last_snapshot, int(timeout.total_seconds() * 1000))
-        except OSError:
+            committed = link.wait_committed(self._last_snapshot, int(timeout.total_seconds() * 1000))
+            if committed:
+                link.finish()
+            return committed
+        except (OSError, StaleWriterError):
             return False
         finally:
             link.close()

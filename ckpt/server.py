@@ -60,10 +60,13 @@ class PeerServer:
         prepared: Callable[[SnapshotId], None],
         committed: Callable[[SnapshotId, bool], None],
         persisted: Callable[..., None],
+        finished: Callable[[SnapshotId, int], None],
+        over: Callable[[], None],
         rebuilder: Callable[[], Rebuilder],
     ) -> None:
         self._keeper = keeper
         self._prepared, self._committed, self._persisted = prepared, committed, persisted
+        self._finished, self._over = finished, over
         self._rebuilder = rebuilder
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener = socket.create_server((address, 0), family=family, backlog=64)
@@ -128,6 +131,10 @@ class PeerServer:
             self._committed(snapshot, bool(message.get("persist")))
         elif op == "persisted":
             self._persisted(snapshot, _integer(message, "position"), durable=message.get("durable") is True)
+        elif op == "finished":
+            self._finished(snapshot, _integer(message, "position"))
+        elif op == "over":
+            self._over()
         elif op == "record":
             with self._keeper.changed:
                 held = self._keeper.held.get(snapshot)

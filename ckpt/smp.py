@@ -55,11 +55,18 @@ class Process:
             prepared=lambda snapshot: self._with_control().everyone_prepared(snapshot),
             committed=lambda snapshot, persist: self._with_control().committed(snapshot, persist),
             persisted=self._writer.note_part,
+            finished=lambda snapshot, position: self._with_control().note_finished(snapshot, position),
+            over=lambda: self._with_control().over(),
             rebuilder=self._rebuilder,
         )
         self._path = socket_path(job, node)
         self._door = Door(
-            self.keeper, self._path, agent=self._agent, stop=self._stopping.set, restore=self._current_restore
+            self.keeper,
+            self._path,
+            agent=self._agent,
+            stop=self._stopping.set,
+            restore=self._current_restore,
+            finished=lambda snapshot: self._with_control().finished(snapshot),
         )
 
     def _with_control(self) -> Control:
@@ -95,6 +102,8 @@ class Process:
         if op == "open":
             self._open([NodeView.from_json(text) for text in message["views"]], str(message["secret"]))
             return {"generation": self.keeper.generation}
+        if op == "over":
+            return {"over": self.keeper.is_over}
         if op == "leave":
             self.keeper.event("leave", success=bool(message.get("success")))
             return {"stop": True} if message.get("success") else {}

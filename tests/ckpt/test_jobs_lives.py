@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs that end, fail, come back and are told no: whole lives, each with real torchrun."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,20 @@ def test_a_job_that_failed_goes_on_when_launched_again(tmp_path: Path) -> None:
         assert job.status(0)["committed"]["step"] == 4
         assert stop_job(job.name) == 1
         eventually(lambda: not find_nodes(job.name), "refound stop frees the memory")
+
+
+def test_an_agent_lost_when_all_is_done_holds_nobody_up(tmp_path: Path) -> None:
+    """Neither the others, in torchrun's exit barrier (300 s), nor the agent in its place wait for anything."""
+    with Job(tmp_path, steps=4) as job:
+        job.start()
+        job.train_to(3)
+        send([job.agent(2).pid], signal.SIGSTOP)  # it does not see its worker end
+        job.allow(4)
+        job.wait(lambda: all(s["over"] for s in job.statuses().values()), "all ranks are done")
+        send([job.agent(2).pid])
+        job.agent(2).wait()
+        job.start_node(2)
+        job.finish()
 
 
 def test_more_lost_than_parity_covers_starts_anew_and_says_so(tmp_path: Path) -> None:
