@@ -71,7 +71,7 @@ class CheckpointWriter:
             durable = False
             try:
                 if self.root is not None:
-                    checkpoints.write_part(self.root, held)
+                    checkpoints.write_part(self.root, held, self._keeper.job)
                     durable = True
             except OSError as error:
                 self._keeper.event("checkpoint failed", step=held.id.step, error=str(error))
