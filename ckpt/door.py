@@ -18,6 +18,7 @@ import numpy as np
 from . import fence, wire
 from .errors import ProtocolError, SnapshotError
 from .held import pack_record
+from .inspection import Inspection
 from .keeper import Keeper
 from .restore import Restore
 from .server import checked_replicas
@@ -41,6 +42,7 @@ class Door:
         restore: Callable[[], Restore],
     ) -> None:
         self._keeper, self._agent, self._stop, self._restore = keeper, agent, stop, restore
+        self._inspection = Inspection(keeper)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         beside = path.with_suffix(".new")
         beside.unlink(missing_ok=True)
@@ -104,6 +106,8 @@ class Door:
         op = message.get("op")
         if op == "status":
             return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+        if op == "verify":
+            return self._inspection.verify(), b"", []
         if op == "stop":
             caller.stop = True
             return {}, b"", []
