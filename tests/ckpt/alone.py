@@ -28,7 +28,7 @@ class Alone:
         self.slot: SlotMemory
         self.path: Path = self.agent.path
 
-    def open(self, views: int = 1) -> None:
+    def open(self) -> None:
         """A generation, and its worker. Ending one kills its workers, so this process may be in one only."""
         generation = self.agent.open([self.agent.inventory()], "")
         place = Place(
@@ -51,6 +51,7 @@ def alone(**conf: object) -> Iterator[Alone]:
         job.open()
         yield job
     finally:
+        job.link.close()
         stop_job(job.job)
         # Its end of the socket closes when it has cleaned up.
         job.agent._client.sock.settimeout(60)
