@@ -257,6 +257,52 @@ def repair(path: Path, as_json: bool) -> None:
     click.echo(json.dumps(repair_json(done)) if as_json else repair_text(done))
 
 
+@main.command(short_help="Write a snapshot or checkpoint as safetensors or as a DCP checkpoint.")
+@click.argument("source", metavar="PATH|JOB")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--to", "kind", type=click.Choice(["safetensors", "dcp"]), required=True, help="What to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion at DEST.")
+@click.option(
+    "--largest-file-mb",
+    type=click.IntRange(min=1),
+    default=5000,
+    show_default=True,
+    help="Split larger safetensors files, with an index, as Hugging Face does.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout.")
+def convert(source: str, dest: Path, kind: str, overwrite: bool, largest_file_mb: int, as_json: bool) -> None:
+    """Write a checkpoint, or the newest snapshot of a running job, as plain files at DEST.
+
+    Tensors that were sharded (FSDP2, tensor parallelism) become whole ones. safetensors: model.safetensors, one file
+    for each other protected object, refound.json for what is no tensor. dcp: what torch's dcp.load reads.
+
+    \b
+    Examples:
+      refound convert /scratch/my-job/step-000000001000-g000001 out --to safetensors
+      refound convert my-job out --to dcp            from memory, while the job trains
+
+    Every byte is checked first; exit code 3 if something is damaged beyond its parity.
+    """
+    from .ckpt.convert import convert as write
+    from .ckpt.source import open_source
+
+    try:
+        with open_source(source) as opened:
+            names = write(opened, dest, kind, overwrite=overwrite, largest_bytes=largest_file_mb * 1_000_000)
+            step = opened.facts["step"]
+    except OSError as error:
+        if isinstance(error, SnapshotError):
+            raise
+        where = error.filename or dest
+        raise click.ClickException(
+            f"{where} could not be written: {error.strerror}; nothing is left at {dest}"
+        ) from error
+    if as_json:
+        click.echo(json.dumps({"schema": 1, "step": step, "path": str(dest), "to": kind, "files": names}))
+    else:
+        click.echo(f"step {step} written to {dest}: {', '.join(names)}")
+
+
 @main.command(short_help="Free the memory of a job that will not come back.")
 @click.argument("job")
 @click.option("--force", is_flag=True, help="Even while its torchrun is alive: the job loses its snapshots.")

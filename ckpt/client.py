@@ -99,6 +99,11 @@ def stop_job(job: str) -> int:
     return told
 
 
+def sockets_of(job: str) -> list[Path]:
+    """The sockets of a job's snapshot processes on this host."""
+    return _sockets(job_dir(job))
+
+
 def _folders() -> list[Path]:
     return [entry for entry in _entries(runtime_dir()) if entry.is_dir()]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import fence, wire
 from .errors import ProtocolError, SnapshotError
-from .held import pack_record
+from .held import Held, pack_record
 from .inspection import Inspection
 from .keeper import Keeper
 from .restore import Restore
@@ -89,6 +89,7 @@ class Door:
             except OSError:
                 return  # the caller has gone
             finally:
+                self._let_go(caller)
                 if caller.is_agent:
                     self._keeper.event("agent gone", pid=caller.pid)
                     self.agent_pid = None
@@ -106,8 +107,8 @@ class Door:
         op = message.get("op")
         if op == "status":
             return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
-        if op == "verify":
-            return self._inspection.verify(), b"", []
+        if op in ("verify", "keep", "look"):
+            return self._handle_look(caller, message)
         if op == "stop":
             caller.stop = True
             return {}, b"", []
@@ -122,6 +123,27 @@ class Door:
         if caller.worker is None:
             raise ProtocolError(f"{op!r} before hello")
         return self._handle_worker(caller, caller.worker, message, body)
+
+    def _handle_look(self, caller: "_Caller", message: Message) -> Reply:
+        """Reading only: anyone who may come in at all may look."""
+        op = message["op"]
+        if op == "verify":
+            return self._inspection.verify(), b"", []
+        if op == "keep":
+            self._let_go(caller)
+            caller.kept, facts = self._inspection.keep()
+            return facts, b"", []
+        rank, kept = _count(message, "rank"), caller.kept
+        if kept is None or rank not in kept.shards:
+            raise ProtocolError(f"rank {rank} is not kept here")
+        ranks, checksums = pack_record({rank: kept.own[rank]})
+        return {"ranks": ranks}, checksums, [kept.shards[rank].read_only_fd()]
+
+    def _let_go(self, caller: "_Caller") -> None:
+        """What a caller has kept lasts as long as its connection."""
+        kept, caller.kept = caller.kept, None
+        if kept is not None:
+            self._inspection.let_go(kept)
 
     def _attach(self, caller: "_Caller") -> Message:
         with self._keeper.changed:
@@ -198,6 +220,7 @@ class _Caller:
         self.slots: dict[int, Segment] = {}
         self.next_slot = 0
         self.stop = False
+        self.kept: Held | None = None
 
 
 def _count(message: dict[str, Any], name: str) -> int:

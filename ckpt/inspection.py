@@ -4,6 +4,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from .errors import SnapshotError
 from .held import Held
 from .keeper import Keeper
 from .wire import Message
@@ -31,6 +32,21 @@ class Inspection:
                 finally:
                     keeper.unpin(held)
         return {"job": keeper.job, "node": keeper.node, "snapshots": found}
+
+    def keep(self) -> tuple[Held, Message]:
+        """Pin the newest committed snapshot, until `let_go`, and say what it is. Raises SnapshotError without one."""
+        keeper = self._keeper
+        with keeper.changed:
+            held = keeper.pin(keeper.committed) if keeper.committed else None
+            if held is None or not held.data_complete or held.damaged_data:
+                if held is not None:
+                    keeper.unpin(held)
+                raise SnapshotError(f"node {keeper.node!r} has no snapshot that is committed and whole")
+            facts = {"step": held.id.step, "generation": held.id.generation, "world_size": held.world_size}
+            return held, {**facts, "job": keeper.job, "node": keeper.node, "ranks": sorted(held.shards)}
+
+    def let_go(self, held: Held) -> None:
+        self._keeper.unpin(held)
 
     def _look(self, held: Held) -> dict[str, Any]:
         with self._keeper.changed:
