@@ -20,10 +20,11 @@ from .errors import ProtocolError, SnapshotError
 from .held import Held, pack_record
 from .inspection import Inspection
 from .keeper import Keeper
+from .listening import accept_forever
 from .restore import Restore
 from .server import checked_replicas
 from .slots import Segment
-from .wire import Message
+from .wire import MAX_COUNT, Message
 
 Reply = tuple[Message, bytes, list[int]]
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
@@ -57,11 +58,9 @@ class Door:
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
-            sock, _ = self._listener.accept()
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        accept_forever(self._listener, self._serve)
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, _: object = None) -> None:
         caller = _Caller()
         with sock:
             try:
@@ -85,7 +84,7 @@ class Door:
                     if caller.stop:
                         self._stop()
             except ProtocolError as error:
-                self._keeper.event("refused", pid=caller.pid, error=str(error))
+                self._keeper.refused(pid=caller.pid, error=str(error))
             except OSError:
                 return  # the caller has gone
             finally:
@@ -154,6 +153,8 @@ class Door:
         return {"pid": os.getpid()}
 
     def _hello(self, caller: "_Caller", message: Message) -> Message:
+        if caller.worker is not None:
+            raise ProtocolError(f"this connection is rank {caller.worker.rank}'s already")
         worker = fence.Worker(
             rank=_count(message, "rank"),
             pid=caller.pid,
@@ -225,6 +226,6 @@ class _Caller:
 
 def _count(message: dict[str, Any], name: str) -> int:
     value = message.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_COUNT:
         raise ProtocolError(f"malformed message: {name} is not a count")
     return value

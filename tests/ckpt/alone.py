@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real snapshot process of one node, with this process as its agent and as its one worker."""
+"""Real snapshot processes, one or a few, with this process as the agent of each and as its one worker."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from refound.ckpt.agreement import NodeView
 from refound.ckpt.attach import Attachment, attach
 from refound.ckpt.client import stop_job
 from refound.ckpt.conf import PluginConfig
@@ -19,41 +22,59 @@ _jobs = itertools.count()
 
 
 class Alone:
-    """The job: `agent` is attached, `link` is the worker's connection of the newest generation."""
+    """A job of `nodes` nodes. `slot` is the memory in which the first of them has its newest snapshot."""
 
-    def __init__(self, **conf: object) -> None:
-        self.job = f"alone-{next(_jobs)}"
-        self.agent: Attachment = attach(self.job, "127.0.0.1", PluginConfig(node="n0", **conf))  # pyright: ignore[reportArgumentType]
-        self.link: Link
+    def __init__(self, nodes: int = 1, **conf: Any) -> None:
+        self.job = f"alone-{os.getpid()}-{next(_jobs)}"
+        self.agents: list[Attachment] = [
+            attach(self.job, "127.0.0.1", PluginConfig(node=f"n{i}", **conf)) for i in range(nodes)
+        ]
+        self.links: list[Link] = []
+        self.views: list[NodeView] = []
         self.slot: SlotMemory
-        self.path: Path = self.agent.path
+        self.path: Path = self.agents[0].path
 
     def open(self) -> None:
-        """A generation, and its worker. Ending one kills its workers, so this process may be in one only."""
-        generation = self.agent.open([self.agent.inventory()], "")
-        place = Place(
-            socket=str(self.path), job=self.job, generation=generation, rank=0, world_size=1, local_world_size=1
-        )
-        self.link = Link(place)
+        """The one generation, with its workers: ending it would kill them, and they are this process."""
+        self.views = [agent.inventory() for agent in self.agents]
+        for rank, agent in enumerate(self.agents):
+            place = Place(
+                socket=str(agent.path),
+                job=self.job,
+                generation=agent.open(self.views, ""),
+                rank=rank,
+                world_size=len(self.agents),
+                local_world_size=1,
+            )
+            self.links.append(Link(place))
 
     def snapshot(self, step: int, data: np.ndarray) -> None:
-        """Take a snapshot and wait until it is committed."""
-        self.slot = self.link.begin(step, len(data))
-        self.slot.array[:] = data
-        self.link.complete(step, bucket_checksums(data), {})
-        assert self.link.wait_committed(step, int(timedelta(seconds=60).total_seconds() * 1000))
+        """All ranks save the same bytes; waits until that is committed."""
+        for rank, link in enumerate(self.links):
+            slot = link.begin(step, len(data))
+            slot.array[:] = data
+            link.complete(step, bucket_checksums(data), {})
+            self.slot = slot if rank == 0 else self.slot
+        for link in self.links:
+            assert link.wait_committed(step, int(timedelta(seconds=60).total_seconds() * 1000))
+
+    def end(self) -> None:
+        """Free all memory; returns when the processes have cleaned up."""
+        for link in self.links:
+            link.close()
+        stop_job(self.job)
+        for agent in self.agents:
+            client = agent._client
+            client.sock.settimeout(60)
+            client.sock.recv(1)  # its end of the socket closes then
+            client.close()
 
 
 @contextmanager
-def alone(**conf: object) -> Iterator[Alone]:
-    job = Alone(**conf)
+def alone(nodes: int = 1, **conf: Any) -> Iterator[Alone]:
+    job = Alone(nodes, **conf)
     try:
         job.open()
         yield job
     finally:
-        job.link.close()
-        stop_job(job.job)
-        # Its end of the socket closes when it has cleaned up.
-        job.agent._client.sock.settimeout(60)
-        job.agent._client.sock.recv(1)
-        job.agent._client.close()
+        job.end()
