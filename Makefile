@@ -8,6 +8,7 @@ TORCH_INDEX ?=
 PIP_FLAGS  ?= -qq
 ARGS       ?=
 RUNS       ?= 10
+MESSAGES   ?= 1000000
 TESTS      ?= tests
 
 VENV  := .venv
@@ -24,7 +25,7 @@ TEST_STAMP := $(VENV)/.refound-test-installed
 say = @printf '%s\n' "refound: $(1)" >&2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos clean
+.PHONY: help install demo test lint format bench chaos fuzz clean
 
 help:
 	@echo 'refound: training that survives its machines.'
@@ -35,6 +36,7 @@ help:
 	@echo '  make format    rewrite the sources the way `make lint` wants them'
 	@echo '  make bench     run every benchmark; results as JSON, kept in runs/bench/'
 	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical'
+	@echo '  make fuzz      send MESSAGES=1000000 malformed and forged messages to a live snapshot process'
 	@echo '  make install   only set up $(VENV) (the others do it themselves)'
 	@echo '  make clean     remove $(VENV) and everything built'
 	@echo
@@ -104,6 +106,9 @@ bench: $(STAMP)
 
 chaos: $(STAMP)
 	@$(BIN)/refound chaos --runs $(RUNS) $(ARGS)
+
+fuzz: $(STAMP)
+	@$(BIN)/python tests/chaos/fuzz.py --messages $(MESSAGES) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -68,6 +68,7 @@ def main(context: click.Context) -> None:
       refound demo --tiny                           train through a killed worker and a lost node, in a minute
       refound demo --fault 'node=1 step=7 kill'     the same with a fault of your own
       refound status --watch                        what the snapshot processes hold right now
+      refound verify                                is it still what was put there
 
     \b
     To protect your own script, call refound.protect() in it and launch it with:
@@ -242,6 +243,111 @@ def status(watch: bool, interval_s: float, as_json: bool) -> None:
             if not watch:
                 return
             time.sleep(interval_s)
+
+
+@main.command(short_help="Check every byte of snapshots in memory and of checkpoints.")
+@click.argument("target", required=False, metavar="[PATH | JOB]")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object on stdout.")
+def verify(target: str | None, as_json: bool) -> None:
+    """Check every bucket against the checksum that was taken as it was copied.
+
+    PATH: a checkpoint, or a directory of checkpoints. JOB: its snapshots in this machine's memory, while it trains.
+    Without either: all memory of all your jobs here. Nothing is changed.
+
+    \b
+    Examples:
+      refound verify
+      refound verify my-job
+      refound verify /scratch/my-job/step-000000001000-g000001
+
+    Exit code 0 if all is sound, 3 if damage is found.
+    """
+    from .integrity import to_json, to_text
+    from .integrity import verify as check
+
+    verdicts = check(target)
+    click.echo(json.dumps(to_json(verdicts)) if as_json else to_text(verdicts))
+    if not all(verdict.is_sound for verdict in verdicts):
+        sys.exit(DAMAGE)
+
+
+@main.command(short_help="Rebuild a damaged checkpoint from its parity.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as one JSON object on stdout.")
+def repair(path: Path, as_json: bool) -> None:
+    """Rebuild what is damaged of the checkpoint at PATH from its parity, and check all of it again.
+
+    New files are made and proven beside the damaged ones before any of them is replaced. A checkpoint that restarts
+    had set aside counts again afterwards.
+
+    \b
+    Example:
+      refound repair /scratch/my-job/step-000000001000-g000001
+
+    Exit code 3 if parity does not cover the damage; nothing is changed then.
+    """
+    from .ckpt.examine import find_checkpoints
+    from .ckpt.repair import repair as mend
+    from .integrity import repair_json, repair_text
+
+    checkpoints = find_checkpoints(path)
+    if checkpoints != [path]:
+        names = ", ".join(checkpoint.name for checkpoint in checkpoints)
+        raise _UsageError(f"{path} holds several checkpoints; name one of {names}. See: refound verify {path}")
+    try:
+        done = mend(path)
+    except OSError as error:
+        where = error.filename or path
+        raise click.ClickException(
+            f"{where} could not be written: {error.strerror}; nothing is lost, try again"
+        ) from error
+    click.echo(json.dumps(repair_json(done)) if as_json else repair_text(done))
+
+
+@main.command(short_help="Write a snapshot or checkpoint as safetensors or as a DCP checkpoint.")
+@click.argument("source", metavar="PATH|JOB")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--to", "kind", type=click.Choice(["safetensors", "dcp"]), required=True, help="What to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion at DEST.")
+@click.option(
+    "--largest-file-mb",
+    type=click.IntRange(min=1),
+    default=5000,
+    show_default=True,
+    help="Split larger safetensors files, with an index, as Hugging Face does.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON object on stdout.")
+def convert(source: str, dest: Path, kind: str, overwrite: bool, largest_file_mb: int, as_json: bool) -> None:
+    """Write a checkpoint, or the newest snapshot of a running job, as plain files at DEST.
+
+    Tensors that were sharded (FSDP2, tensor parallelism) become whole ones. safetensors: model.safetensors, one file
+    for each other protected object, refound.json for what is no tensor. dcp: what torch's dcp.load reads.
+
+    \b
+    Examples:
+      refound convert /scratch/my-job/step-000000001000-g000001 out --to safetensors
+      refound convert my-job out --to dcp            from memory, while the job trains
+
+    Every byte is checked first; exit code 3 if something is damaged beyond its parity.
+    """
+    from .ckpt.convert import convert as write
+    from .ckpt.source import open_source
+
+    try:
+        with open_source(source) as opened:
+            names = write(opened, dest, kind, overwrite=overwrite, largest_bytes=largest_file_mb * 1_000_000)
+            step = opened.facts["step"]
+    except OSError as error:
+        if isinstance(error, SnapshotError):
+            raise
+        where = error.filename or dest
+        raise click.ClickException(
+            f"{where} could not be written: {error.strerror}; nothing is left at {dest}"
+        ) from error
+    if as_json:
+        click.echo(json.dumps({"schema": 1, "step": step, "path": str(dest), "to": kind, "files": names}))
+    else:
+        click.echo(f"step {step} written to {dest}: {', '.join(names)}")
 
 
 @main.command(short_help="Free the memory of a job that will not come back.")

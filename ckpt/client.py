@@ -78,6 +78,17 @@ def find_nodes(job: str | None = None) -> list[dict[str, Any]]:
     return sorted(found, key=lambda status: (status["job"], status["node"]))
 
 
+def verify_nodes(job: str | None = None) -> list[dict[str, Any]]:
+    """Have every snapshot process of this user on this host (of `job`, if given) check its memory."""
+    folders = [job_dir(job)] if job is not None else _folders()
+    found = []
+    for folder in folders:
+        for path in _sockets(folder):
+            with contextlib.suppress(OSError):
+                found.append(_ask(path, {"op": "verify"}, timeout_s=None))
+    return sorted(found, key=lambda node: (node["job"], node["node"]))
+
+
 def stop_job(job: str) -> int:
     """Tell the job's snapshot processes on this host to free their memory and go. Returns how many were told."""
     told = 0
@@ -86,6 +97,11 @@ def stop_job(job: str) -> int:
             _ask(path, {"op": "stop"})
             told += 1
     return told
+
+
+def sockets_of(job: str) -> list[Path]:
+    """The sockets of a job's snapshot processes on this host."""
+    return _sockets(job_dir(job))
 
 
 def _folders() -> list[Path]:
@@ -104,10 +120,10 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _ask(path: Path, message: Message) -> dict[str, Any]:
+def _ask(path: Path, message: Message, timeout_s: float | None = 10) -> dict[str, Any]:
     client = Client(path)
     try:
-        client.sock.settimeout(10)
+        client.sock.settimeout(timeout_s)
         reply, _, _ = client.call(message)
         return reply
     finally:

@@ -18,12 +18,14 @@ import numpy as np
 from . import fence, wire
 from .agreement import SnapshotId
 from .errors import ProtocolError, SnapshotError
-from .held import pack_record
+from .held import Held, pack_record
+from .inspection import Inspection
 from .keeper import Keeper
+from .listening import accept_forever
 from .restore import Restore
 from .server import checked_replicas
 from .slots import Segment
-from .wire import Message
+from .wire import MAX_COUNT, Message
 
 Reply = tuple[Message, bytes, list[int]]
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
@@ -44,6 +46,7 @@ class Door:
     ) -> None:
         self._keeper, self._agent, self._stop, self._restore = keeper, agent, stop, restore
         self._finished = finished
+        self._inspection = Inspection(keeper)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         beside = path.with_suffix(".new")
         beside.unlink(missing_ok=True)
@@ -58,11 +61,9 @@ class Door:
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
-            sock, _ = self._listener.accept()
-            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+        accept_forever(self._listener, self._serve)
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock: socket.socket, _: object = None) -> None:
         caller = _Caller()
         with sock:
             try:
@@ -86,10 +87,11 @@ class Door:
                     if caller.stop:
                         self._stop()
             except ProtocolError as error:
-                self._keeper.event("refused", pid=caller.pid, error=str(error))
+                self._keeper.refused(pid=caller.pid, error=str(error))
             except OSError:
                 return  # the caller has gone
             finally:
+                self._let_go(caller)
                 if caller.is_agent:
                     self._keeper.event("agent gone", pid=caller.pid)
                     self.agent_pid = None
@@ -107,6 +109,8 @@ class Door:
         op = message.get("op")
         if op == "status":
             return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+        if op in ("verify", "keep", "look"):
+            return self._handle_look(caller, message)
         if op == "stop":
             caller.stop = True
             return {}, b"", []
@@ -122,6 +126,27 @@ class Door:
             raise ProtocolError(f"{op!r} before hello")
         return self._handle_worker(caller, caller.worker, message, body)
 
+    def _handle_look(self, caller: "_Caller", message: Message) -> Reply:
+        """Reading only: anyone who may come in at all may look."""
+        op = message["op"]
+        if op == "verify":
+            return self._inspection.verify(), b"", []
+        if op == "keep":
+            self._let_go(caller)
+            caller.kept, facts = self._inspection.keep()
+            return facts, b"", []
+        rank, kept = _count(message, "rank"), caller.kept
+        if kept is None or rank not in kept.shards:
+            raise ProtocolError(f"rank {rank} is not kept here")
+        ranks, checksums = pack_record({rank: kept.own[rank]})
+        return {"ranks": ranks}, checksums, [kept.shards[rank].read_only_fd()]
+
+    def _let_go(self, caller: "_Caller") -> None:
+        """What a caller has kept lasts as long as its connection."""
+        kept, caller.kept = caller.kept, None
+        if kept is not None:
+            self._inspection.let_go(kept)
+
     def _attach(self, caller: "_Caller") -> Message:
         with self._keeper.changed:
             if self.agent_pid is not None:
@@ -131,6 +156,8 @@ class Door:
         return {"pid": os.getpid()}
 
     def _hello(self, caller: "_Caller", message: Message) -> Message:
+        if caller.worker is not None:
+            raise ProtocolError(f"this connection is rank {caller.worker.rank}'s already")
         worker = fence.Worker(
             rank=_count(message, "rank"),
             pid=caller.pid,
@@ -200,10 +227,11 @@ class _Caller:
         self.slots: dict[int, Segment] = {}
         self.next_slot = 0
         self.stop = False
+        self.kept: Held | None = None
 
 
 def _count(message: dict[str, Any], name: str) -> int:
     value = message.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_COUNT:
         raise ProtocolError(f"malformed message: {name} is not a count")
     return value

@@ -132,18 +132,23 @@ class Held:
 
     def verify(self) -> None:
         """Check every byte against its checksum and note the buckets that fail."""
-        self.damaged_data, self.damaged_parity = set(), set()
+        self.damaged_data, self.damaged_parity = self.failing()
+
+    def failing(self) -> tuple[set[int], set[tuple[int, int]]]:
+        """Buckets of the vector, and (chunk, bucket) of the parity, that fail their checksum."""
+        data: set[int] = set()
+        parity: set[tuple[int, int]] = set()
         if self.data_complete:
             first = 0
             for rank in sorted(self.own):
                 record = self.own[rank]
-                bad = failing_buckets(self.shards[rank].array, record.checksums)
-                self.damaged_data |= {first + bucket for bucket in bad}
+                data |= {first + bucket for bucket in failing_buckets(self.shards[rank].array, record.checksums)}
                 first += len(record.checksums)
         if self.parity_complete:
             for index, segment in enumerate(self.parity):
                 bad = failing_buckets(segment.array, self.parity_checksums[index])
-                self.damaged_parity |= {(index, bucket) for bucket in bad}
+                parity |= {(index, bucket) for bucket in bad}
+        return data, parity
 
     def view(self) -> HeldView:
         """What this node tells the others."""

@@ -29,6 +29,7 @@ from .stripes import BUCKET_BYTES
 
 _SLOTS = 2
 _EVENTS_KEPT = 200
+_MOST_HELD = 16  # workers have two slots, or three, so honest nodes never have so many under way
 
 
 class Keeper:
@@ -69,6 +70,7 @@ class Keeper:
         self.last_commit_ms = 0.0
         self._completed_at: dict[SnapshotId, float] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
+        self._refusals = 0
 
     # --- generations -------------------------------------------------------------------------------------------
 
@@ -314,8 +316,12 @@ class Keeper:
         with self.changed:
             if not self._is_news(snapshot):
                 return
+            assert self.decision is not None
+            group = next(g for g in self.decision.groups if self.position in g.members)
+            if position == self.position or position not in group.members:
+                raise ProtocolError(f"position {position} has nothing to offer to position {self.position}")
             if snapshot not in self.held:
-                assert self.decision is not None
+                self._make_room()
                 node = self.decision.nodes[0]
                 self.held[snapshot] = Held(
                     snapshot,
@@ -328,6 +334,12 @@ class Keeper:
             self.held[snapshot].records[position] = record
             self.changed.notify_all()
 
+    def _make_room(self) -> None:
+        """Forget the farthest snapshot that others speak of and this node has nothing of, where there are too many."""
+        hollow = [held for held in self.held.values() if not held.shards and not held.committed]
+        if len(hollow) >= _MOST_HELD:
+            self._drop(max(hollow, key=lambda held: held.id))
+
     def _is_news(self, snapshot: SnapshotId) -> bool:
         """Whether word of `snapshot` still counts: its generation is open and nothing newer is committed."""
         current = self.is_open and snapshot.generation == self.generation
@@ -337,8 +349,12 @@ class Keeper:
         """At the lead: `position` holds all of `snapshot`. True when that was the last one to say so."""
         with self.changed:
             assert self.decision is not None
+            if position >= len(self.decision.nodes):
+                raise ProtocolError(f"there is no position {position}")
             if not self._is_news(snapshot):
                 return False
+            while len(self.prepared) >= _MOST_HELD:
+                del self.prepared[max(self.prepared)]
             try:
                 _merge_checks(self.replica_checks.setdefault(snapshot, {}), replica_checks)
             except SnapshotError as error:
@@ -354,8 +370,8 @@ class Keeper:
         """All nodes hold `snapshot`: it is what a restart goes back to, and everything older may go."""
         with self.changed:
             held = self.held.get(snapshot)
-            if not self._is_news(snapshot) or held is None:
-                return
+            if not self._is_news(snapshot) or held is None or not (held.data_complete and held.parity_complete):
+                return  # the lead commits what this node has said to be complete, so this is none of its messages
             held.committed = True
             self._spare(held.handed_on, held.group.m)  # all nodes have fetched their rows
             held.handed_on = []
@@ -431,6 +447,14 @@ class Keeper:
         with self.changed:
             self.events.append({"time": time.time(), "kind": kind, **details})
         print(f"refound: {kind} {details}", flush=True)
+
+    def refused(self, **details: Any) -> None:
+        """Note a caller that was turned away: the 1st, 2nd, 4th, 8th…, so that no flood drowns the other events."""
+        with self.changed:
+            self._refusals += 1
+            count = self._refusals
+        if count & (count - 1) == 0:
+            self.event("refused", **details, refused_so_far=count)
 
     def status(self) -> dict[str, Any]:
         """A snapshot of everything `refound status` shows."""

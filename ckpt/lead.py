@@ -9,7 +9,7 @@ import queue
 import threading
 
 from .agreement import Decision, SnapshotId
-from .errors import SnapshotError, StaleWriterError
+from .errors import ProtocolError, SnapshotError, StaleWriterError
 from .keeper import Keeper
 from .peers import Peers
 from .wire import Message
@@ -122,6 +122,12 @@ class Control:
         for position in range(len(self._decision.nodes)):
             if position != self._keeper.position:
                 self._send(position, {**_message("commit", snapshot), "persist": persist})
+        self.committed(snapshot, persist)
+
+    def told_committed(self, snapshot: SnapshotId, persist: bool) -> None:
+        """Another node says that `snapshot` is committed. Raises ProtocolError at the lead, which says so itself."""
+        if self.is_lead:
+            raise ProtocolError("the lead is told by nobody what is committed")
         self.committed(snapshot, persist)
 
     def committed(self, snapshot: SnapshotId, persist: bool) -> None:

@@ -75,12 +75,15 @@ class Restore:
         snapshot = self._decision.snapshot
         assert snapshot is not None
         if self._decision.source == "disk":
-            return self._from_disk(lambda root, id: checkpoints.read_shard(root, id, rank))
+            return self._from_disk(lambda root, id: checkpoints.read_shard(root, id, rank, self._note_rebuilt))
         for view in self._decision.views.values():
             for position, sizes in view.sizes.items():
                 if rank in sizes:
                     return self._pull(view, position, rank)
         raise SnapshotError(f"no node knows rank {rank} of {snapshot}")
+
+    def _note_rebuilt(self, what: str) -> None:
+        self._keeper.event("checkpoint rebuilt", text=what)
 
     def _from_disk(self, read: Any) -> Any:
         root, snapshot = Path(self._keeper.conf.checkpoint_dir), self._decision.snapshot

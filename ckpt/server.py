@@ -17,11 +17,12 @@ from .agreement import SnapshotId
 from .errors import ProtocolError, SnapshotError, StaleWriterError
 from .held import Held, bucket_checksums, pack_record, unpack_record
 from .keeper import Keeper
+from .listening import accept_forever
 from .peers import MAX_READ_BUCKETS, NotYetError
 from .rebuild import Rebuilder
 from .slots import Segment
 from .stripes import BUCKET_BYTES
-from .wire import Message
+from .wire import MAX_COUNT, Message
 
 _AUTHENTICATE_TIMEOUT = timedelta(seconds=5)
 _SEND_TIMEOUT = timedelta(seconds=60)
@@ -76,9 +77,7 @@ class PeerServer:
         threading.Thread(target=self._accept, name="peers", daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
-            sock, address = self._listener.accept()
-            threading.Thread(target=self._serve, args=(sock, address), daemon=True).start()
+        accept_forever(self._listener, self._serve)
 
     def _serve(self, sock: socket.socket, address: object) -> None:
         with sock, contextlib.closing(_Helper(self._rebuilder)) as helper:
@@ -97,7 +96,7 @@ class PeerServer:
                     message, body, _ = wire.receive(sock)
                     self._answer(sock, message, body, helper)
             except ProtocolError as error:
-                self._keeper.event("refused", peer=str(address), error=str(error))
+                self._keeper.refused(peer=str(address), error=str(error))
             except OSError:
                 return  # the other side has gone; it will come again if it wants something
 
@@ -227,6 +226,6 @@ def _snapshot(message: Message) -> SnapshotId:
 
 def _integer(message: Message, name: str) -> int:
     value = message.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_COUNT:
         raise ProtocolError(f"malformed message: {name} is not a count")
     return value

@@ -53,7 +53,7 @@ class Process:
             self.keeper,
             address,
             prepared=lambda snapshot: self._with_control().everyone_prepared(snapshot),
-            committed=lambda snapshot, persist: self._with_control().committed(snapshot, persist),
+            committed=lambda snapshot, persist: self._with_control().told_committed(snapshot, persist),
             persisted=self._writer.note_part,
             finished=lambda snapshot, position: self._with_control().note_finished(snapshot, position),
             over=lambda: self._with_control().over(),

@@ -22,6 +22,8 @@ _MAGIC = b"rfnd"
 _VERSION = 1
 MAX_JSON_BYTES = 64 << 20
 MAX_BODY_BYTES = 256 << 20
+MAX_COUNT = 1 << 62
+"""No number in a message is larger: what counts bytes or steps fits into 64 bits, and into a float's range."""
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
 _MAX_FDS = 4

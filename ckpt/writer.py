@@ -9,8 +9,11 @@ from typing import Protocol
 
 from . import checkpoints
 from .agreement import SnapshotId
+from .errors import ProtocolError
 from .held import Held
 from .keeper import Keeper
+
+_MOST_PARTS = 16  # one checkpoint is written at a time; word of more is nonsense
 
 
 class ReportPart(Protocol):
@@ -71,7 +74,7 @@ class CheckpointWriter:
             durable = False
             try:
                 if self.root is not None:
-                    checkpoints.write_part(self.root, held)
+                    checkpoints.write_part(self.root, held, self._keeper.job)
                     durable = True
             except OSError as error:
                 self._keeper.event("checkpoint failed", step=held.id.step, error=str(error))
@@ -87,6 +90,11 @@ class CheckpointWriter:
     def note_part(self, snapshot: SnapshotId, position: int, *, durable: bool) -> None:
         """At the lead: what became of a node's part. When all have reported, the checkpoint is complete or removed."""
         with self._keeper.changed:
+            decision = self._keeper.decision
+            if decision is None or position >= len(decision.nodes):
+                raise ProtocolError(f"there is no position {position}")
+            while snapshot not in self._parts and len(self._parts) >= _MOST_PARTS:
+                del self._parts[max(self._parts)]
             facts = self._facts.get(snapshot)
             parts = self._parts.setdefault(snapshot, {})
             parts[position] = durable

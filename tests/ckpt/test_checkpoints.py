@@ -14,6 +14,7 @@ import pytest
 from refound.ckpt import checkpoints
 from refound.ckpt.agreement import SnapshotId
 from refound.ckpt.errors import DamageError, StaleWriterError
+from refound.ckpt.examine import examine
 from refound.ckpt.held import Held, ShardRecord, bucket_checksums
 from refound.ckpt.slots import Segment
 from refound.ckpt.stripes import BUCKET_BYTES
@@ -90,26 +91,51 @@ def crash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     left[0] = -1
 
 
-def test_a_crash_at_any_point_leaves_a_checkpoint_that_can_be_proven(tmp_path: Path, crash: list[int]) -> None:
-    old, new = held(1), held(2)
+@pytest.fixture
+def pairs() -> Iterator[list[list[Held]]]:
+    """Three snapshots of one node without parity, or of two nodes with (k=1, m=1)."""
+    cluster = Cluster(1, 1, [[1], [2]])
+    cluster.open()
+    made = []
+    for step in (1, 2, 3):
+        snapshot = cluster.snapshot(step)
+        cluster.committed(snapshot)
+        made.append([held for node in cluster.nodes if (held := node.keeper.pin(snapshot))])
+    yield made
+    cluster.end()
+
+
+@pytest.mark.parametrize("with_parity", [False, True])
+def test_a_crash_at_any_point_leaves_a_checkpoint_that_can_be_proven(
+    tmp_path: Path, crash: list[int], pairs: list[list[Held]], with_parity: bool
+) -> None:
+    old, new, third = pairs if with_parity else [[held(step)] for step in (1, 2, 3)]
+
+    def write_all(root: Path, parts: list[Held]) -> None:
+        for part in parts:
+            checkpoints.write_part(root, part)
+        checkpoints.commit(root, parts[0].id, FACTS | {"nodes": len(parts)}, keep=1)
+
     survived = 0
     for point in range(200):
         root = tmp_path / str(point)
         crash[0] = -1
-        write(root, old, keep=1)
+        write_all(root, old)
         crash[0] = point
         try:
-            write(root, new, keep=1)
+            write_all(root, new)
         except _CrashError:
             survived += 1
         crashed, crash[0] = crash[0] == 0, -1
         listed = checkpoints.complete_checkpoints(root)
         assert listed, f"nothing is left after a crash at call {point}"
-        for snapshot in (old, new):
-            if snapshot.id in listed:
-                check(root, snapshot)
+        for parts in (old, new):
+            if parts[0].id in listed:
+                assert examine(checkpoints.directory_of(root, parts[0].id)).is_sound
+                for part in parts:
+                    check(root, part)
         # What a crash has left does not stand in the way of the next checkpoint.
-        write(root, held(3), keep=1)
+        write_all(root, third)
         assert checkpoints.complete_checkpoints(root)[-1].step == 3
         if not crashed:
             break
@@ -299,7 +325,7 @@ def test_the_end_of_a_checkpoint_is_durable_before_its_parts_go(
     old, new = held(1), held(2)
     write(tmp_path, old, keep=1)
     calls: list[str] = []
-    real_unlink, real_sync, real_rmtree = Path.unlink, checkpoints._sync_directory, checkpoints.shutil.rmtree
+    real_unlink, real_sync, real_rmtree = Path.unlink, checkpoints.sync_directory, checkpoints.shutil.rmtree
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
         calls.append(f"unlink {path.name}")
@@ -314,7 +340,7 @@ def test_the_end_of_a_checkpoint_is_durable_before_its_parts_go(
         real_rmtree(path, **more)
 
     monkeypatch.setattr(Path, "unlink", unlink)
-    monkeypatch.setattr(checkpoints, "_sync_directory", sync)
+    monkeypatch.setattr(checkpoints, "sync_directory", sync)
     monkeypatch.setattr(checkpoints.shutil, "rmtree", rmtree)
     write(tmp_path, new, keep=1)
     name = checkpoints.directory_of(tmp_path, old.id).name
@@ -381,25 +407,43 @@ def test_memory_that_is_newer_is_used_and_the_disk_is_not_read(clusters: list[Cl
     cluster.check_data(max(cluster.written))
 
 
-@pytest.mark.parametrize("name", ["COMMIT.json", "position-000001.json", "rank-000002.shard"])
+@pytest.mark.parametrize("names", [["COMMIT.json"], ["rank-000001.shard", "rank-000003.shard"]])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_serves(
-    clusters: list[Cluster], tmp_path: Path, name: str
+    clusters: list[Cluster], tmp_path: Path, names: list[str]
 ) -> None:
     cluster = writing_cluster(clusters, tmp_path)
     before, damaged = on_disk(cluster, 1), on_disk(cluster, 2)
     cluster.replace(0, 1, 2)
-    path = checkpoints.directory_of(tmp_path, damaged) / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
+    for name in names:
+        (checkpoints.directory_of(tmp_path, damaged) / name).write_bytes(b"short")
     assert cluster.open().snapshot == damaged
     restore = cluster.nodes[1].process._current_restore()
     with pytest.raises(DamageError, match="set aside; the restart goes on from the one before it"):
         restore.facts()
-        restore.shard(2)
+        restore.shard(1)
     assert len(events(cluster, "checkpoint damaged")) == 1
     assert cluster.open().snapshot == before
     cluster.check_data(before)
+
+
+@pytest.mark.parametrize("name", ["position-000001.json", "rank-000002.shard", "parity-000000-00.shard"])
+def test_a_checkpoint_with_a_damaged_file_is_restored_through_its_parity(
+    clusters: list[Cluster], tmp_path: Path, name: str
+) -> None:
+    cluster = writing_cluster(clusters, tmp_path)
+    on_disk(cluster, 1)
+    damaged = on_disk(cluster, 2)
+    cluster.replace(0, 1, 2)
+    flip(checkpoints.directory_of(tmp_path, damaged) / name)
+    assert cluster.open().snapshot == damaged
+    cluster.check_data(damaged)
+    assert len(events(cluster, "checkpoint rebuilt")) == (name == "rank-000002.shard")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
 
 
 def test_a_part_that_cannot_be_written_costs_that_checkpoint_only(clusters: list[Cluster], tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accepting connections for as long as the process lives, whatever comes in."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+_PAUSE = timedelta(milliseconds=100)
+
+
+def accept_forever(listener: socket.socket, serve: Callable[..., None]) -> None:
+    """Call `serve(socket, address)` in a thread for each connection.
+
+    Where descriptors or threads have run out, callers wait or are turned away until there are some again: a process
+    that stopped listening would hold memory that nobody can reach.
+    """
+    while True:
+        try:
+            sock, address = listener.accept()
+        except OSError:
+            time.sleep(_PAUSE.total_seconds())
+            continue
+        _serve_in_thread(sock, address, serve)
+
+
+def _serve_in_thread(sock: socket.socket, address: Any, serve: Callable[..., None]) -> None:
+    try:
+        threading.Thread(target=serve, args=(sock, address), daemon=True).start()
+    except RuntimeError:
+        sock.close()
+        time.sleep(_PAUSE.total_seconds())
