@@ -67,7 +67,7 @@ def test_version(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"refound {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("status",), ("stop",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("plan",), ("status",), ("stop",)])
 def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -75,7 +75,17 @@ def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", [("--help",), ("demo", "--help"), ("doctor",), ("status",), ("stop", "x")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--help",),
+        ("demo", "--help"),
+        ("doctor",),
+        ("status",),
+        ("stop", "x"),
+        ("plan", "--nodes", "8", "--params", "7B"),
+    ],
+)
 def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, cwd=tmp_path, options=("-X", "importtime"))
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
@@ -93,6 +103,8 @@ def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, 
         (("status", "--jsn"), "--json"),
         (("demmo",), "demmo"),
         (("stop",), "JOB"),
+        (("plan",), "--nodes is missing"),
+        (("plan", "--simulate", "llama4"), "llama3"),
     ],
 )
 def test_bad_usage(tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
