@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import fence, wire
+from .agreement import SnapshotId
 from .errors import ProtocolError, SnapshotError
 from .held import pack_record
 from .keeper import Keeper
@@ -103,7 +104,7 @@ class Door:
     def _handle(self, caller: "_Caller", message: Message, body: memoryview) -> Reply:
         op = message.get("op")
         if op == "status":
-            return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+            return self.status(), b"", []
         if op == "stop":
             caller.stop = True
             return {}, b"", []
@@ -118,6 +119,10 @@ class Door:
         if caller.worker is None:
             raise ProtocolError(f"{op!r} before hello")
         return self._handle_worker(caller, caller.worker, message, body)
+
+    def status(self) -> Message:
+        """Everything `refound status` shows of this process."""
+        return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}
 
     def _attach(self, caller: "_Caller") -> Message:
         with self._keeper.changed:
@@ -160,9 +165,17 @@ class Door:
             if len(body) % 4:
                 raise ProtocolError("malformed checksums")
             checksums = np.frombuffer(bytes(body), dtype="<u4").astype(np.uint32)
+            with keeper.changed:
+                keeper.check_open(worker.generation)
+                keeper.tuning.reported(_snapshot(worker, message), message.get("costs"))
             keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message))
         elif op == "abort":
             keeper.abort(worker)
+        elif op == "interval":
+            keeper.wait_committed(worker, _count(message, "step"), timedelta(milliseconds=_LONGEST_WAIT_MS))
+            with keeper.changed:
+                keeper.check_open(worker.generation)
+                return keeper.tuning.decision(_snapshot(worker, message)), b"", []
         elif op == "wait":
             wait = timedelta(milliseconds=min(_count(message, "timeout_ms"), _LONGEST_WAIT_MS))
             return {"committed": keeper.wait_committed(worker, _count(message, "step"), wait)}, b"", []
@@ -194,6 +207,10 @@ class _Caller:
         self.slots: dict[int, Segment] = {}
         self.next_slot = 0
         self.stop = False
+
+
+def _snapshot(worker: fence.Worker, message: Message) -> SnapshotId:
+    return SnapshotId(generation=worker.generation, step=_count(message, "step"))
 
 
 def _count(message: dict[str, Any], name: str) -> int:

@@ -47,6 +47,9 @@ def node(**changes: Any) -> dict[str, Any]:
         "parity_bytes": 1 << 30,
         "snapshots": 17,
         "last_commit_ms": 35.2,
+        "every": 12,
+        "stall_ms": 3.14,
+        "step_ms": 900.0,
         "checkpoint": {"step": 30, "path": "/scratch/my-job/step-30"},
         "restored": None,
         "lease_s": 600.0,
@@ -202,6 +205,7 @@ def test_status_text() -> None:
     assert "step 41" in lines[2]
     assert "4.0 GiB" in lines[2]
     assert "35 ms" in lines[2]
+    assert "3.1 ms, every 12" in lines[2]
     assert "none yet" in lines[3]
     assert lines[4:] == ["  not on this machine: n2"]
 
