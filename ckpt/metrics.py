@@ -2,6 +2,7 @@
 """A snapshot process as Prometheus sees it: `--rdzv-conf=metrics_port=9187`, then http://127.0.0.1:9187/metrics.
 
 Off without a port, and never on anything but loopback: what leaves the machine is the business of whoever scrapes it.
+Every user of the machine can read it there: names of job and node, sizes and times, and nothing of the state.
 The text is version 0.0.4 of Prometheus' exposition format.
 """
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`every="auto"`: the rule itself, what is refused, and that all ranks take their snapshots after the same steps."""
 
+import itertools
+import multiprocessing
 import os
 import random
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
@@ -158,75 +160,88 @@ def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         attach_module._started.pop().wait(PATIENCE_S)
 
 
-def opened(job: str, nodes: int) -> list[tuple[Attachment, Place]]:
-    """Snapshot processes with a generation open, and a place for one rank on each."""
-    attachments = [attach(job, "127.0.0.1", PluginConfig(node=f"n{i}")) for i in range(nodes)]
+def attached(job: str, nodes: int) -> list[Attachment]:
+    return [attach(job, "127.0.0.1", PluginConfig(node=f"n{i}")) for i in range(nodes)]
+
+
+def opened(job: str, attachments: list[Attachment]) -> list[Place]:
+    """Open a generation: the places of one rank on each node."""
+    nodes = len(attachments)
     views = [attachment.inventory() for attachment in attachments]
     generation = max(attachment.open(views, "") for attachment in attachments)
     return [
-        (
-            attachment,
-            Place(
-                socket=os.fspath(attachment.path),
-                job=job,
-                generation=generation,
-                rank=rank,
-                world_size=nodes,
-                local_world_size=1,
-            ),
+        Place(
+            socket=os.fspath(attachment.path),
+            job=job,
+            generation=generation,
+            rank=rank,
+            world_size=nodes,
+            local_world_size=1,
         )
         for rank, attachment in enumerate(attachments)
     ]
 
 
-def train(place: Place, steps: int, taken: list[int], said: list[str]) -> None:
+def train(place: Place, steps: range, told: "SimpleQueue[tuple[int, tuple[list[int], list[str]]]]") -> None:
     """A rank with a clock of its own: each measures something else, and the costs of snapshots rise on the way."""
-    draw = random.Random(place.rank)
+    draw, taken, said = random.Random(place.rank), list[int](), list[str]()
     link, auto, at_s, stall_ms = Link(place), AutoInterval(0.01, said.append), 0.0, 0.0
     try:
-        for step in range(1, steps + 1):
+        for step in steps:
             at_s += draw.uniform(0.9, 1.1) * 100.0  # a step of so long that commits never decide
             if not auto.is_due(step, lambda: None):
                 continue
             auto.measured(step, at_s, stall_ms)
-            stall_ms = draw.uniform(1000, 1900 + 1000 * place.rank) * (4 if step > steps / 2 else 1)
+            stall_ms = draw.uniform(1000, 1900 + 1000 * place.rank) * (4 if step > 75 else 1)
             at_s += stall_ms / 1000
             slot = link.begin(step, BUCKET_BYTES)
             slot.array[:] = step % 251
             link.complete(step, bucket_checksums(slot.array), {}, auto.agreed(link, step))
             taken.append(step)
         assert link.wait_committed(taken[-1], int(PATIENCE_S * 1000))
+        told.put((place.rank, (taken, said)))
     finally:
         link.close()
 
 
+def trained(places: list[Place], steps: range) -> tuple[list[int], list[str]]:
+    """A process a rank, all at once: the steps of their snapshots, which must be the same, and what rank 0 said."""
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    ranks = [context.Process(target=train, args=(place, steps, told), daemon=True) for place in places]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(PATIENCE_S)
+        assert rank.exitcode == 0
+    results: dict[int, tuple[list[int], list[str]]] = dict(told.get() for _ in ranks)
+    told.close()
+    assert all(taken == results[0][0] for taken, _ in results.values())
+    return results[0]
+
+
 def test_all_ranks_take_their_snapshots_after_the_same_steps(job: str) -> None:
-    places, steps = opened(job, 3), 150
-    taken: list[list[int]] = [[] for _ in places]
-    said: list[list[str]] = [[] for _ in places]
-    threads = [
-        threading.Thread(target=train, args=(place, steps, taken[i], said[i])) for i, (_, place) in enumerate(places)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive()
-    assert taken[0] == taken[1] == taken[2]
-    gaps = [later - earlier for earlier, later in zip(taken[0], taken[0][1:], strict=False)]
+    attachments = attached(job, 3)
+    taken, said = trained(opened(job, attachments), range(1, 151))
+    gaps = [later - earlier for earlier, later in itertools.pairwise(taken)]
     assert gaps[0] == 1
     assert len(set(gaps)) >= 3  # it was tuned, and tuned again when snapshots cost more
     assert gaps[-1] > 4  # 4 s and more of stall, 100 s a step, one percent
-    assert len(said[0]) == len({*said[0]}) >= 2
-    assert "stalls training" in said[0][0]
+    assert len(said) == len({*said}) >= 2
+    assert "stalls training" in said[0]
     assert {status["every"] for status in find_nodes(job)} == {gaps[-1]}
-    for attachment, _ in places:
+    # A restart measures anew: what was known belonged to processes that are gone.
+    again, _ = trained(opened(job, attachments), range(taken[-1] + 1, taken[-1] + 40))
+    assert again[:2] == [taken[-1] + 1, taken[-1] + 2]
+    assert len(again) < 39
+    for attachment in attachments:
         attachment.leave(success=True)
 
 
 def test_protect_tunes_itself(job: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With hardly any stall allowed it soon takes none at all; what it took is restored."""
-    ((attachment, place),) = opened(job, 1)
+    (attachment,) = attached(job, 1)
+    (place,) = opened(job, [attachment])
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     protection = Protection(
