@@ -9,6 +9,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import click
 
 from . import __version__
 from .ckpt.errors import ConfigError, DamageError, SnapshotError
+from .plan_settings import SETTINGS, Setting
 
 FAILED, USAGE, DAMAGE = 1, 2, 3
 
@@ -69,6 +71,7 @@ def main(context: click.Context) -> None:
       refound demo --fault 'node=1 step=7 kill'     the same with a fault of your own
       refound status --watch                        what the snapshot processes hold right now
       refound verify                                is it still what was put there
+      refound plan --nodes 64 --params 70B          what protection costs a job and what it saves
 
     \b
     To protect your own script, call refound.protect() in it and launch it with:
@@ -208,6 +211,59 @@ def doctor(checkpoint_dir: Path | None, as_json: bool) -> None:
     click.echo(json.dumps(examination.to_json(findings), indent=2) if as_json else examination.to_text(findings))
     if examination.failed(findings):
         sys.exit(FAILED)
+
+
+def _plan_option(setting: Setting) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As text: the plan tells all mistakes at once."""
+    told = setting.default or setting.derived
+    return click.option(
+        f"--{setting.flag}",
+        setting.field,
+        metavar=setting.unit.upper() or "NUMBER",
+        help=setting.help + (f"  [default: {told}]" if told else ""),
+    )
+
+
+def _plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    for setting in reversed(SETTINGS):
+        command = _plan_option(setting)(command)
+    return command
+
+
+@main.command(short_help="What protection would cost a job and what it would save.")
+@_plan_options
+@click.option("--check", is_flag=True, help="Hold the survival formulas against random draws.")
+@click.option(
+    "--simulate",
+    "simulated",
+    type=click.Choice(["job", "llama3"]),
+    help="Put the job, or the published run of Llama 3 405B, through random interruptions.",
+)
+@click.option("--runs", type=click.IntRange(2, 10_000), default=50, show_default=True, help="Simulated runs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object on stdout.")
+def plan(check: bool, simulated: str | None, runs: int, seed: int, as_json: bool, **options: str | None) -> None:
+    """Compute what each code costs a job and what it saves, and recommend one. Starts and measures nothing.
+
+    \b
+    Examples:
+      refound plan --nodes 64 --params 70B --mtbf-hours 30 --step-s 4
+      refound plan --nodes 2048 --gpus-per-node 8 --params 70e9 --mtbf-hours 8 --check
+      refound plan --simulate llama3
+
+    Units may be written out: 70B, 3.2TB, 100Gbit/s, 90min, 25%, inf. What is left out is assumed, and the assumption
+    printed. Formulas, and what they leave out: docs/plan.md. Exit code 3 if --check finds that they disagree with what
+    is drawn.
+    """
+    from .ckpt.failures import RECORDS
+    from .plan import make_report, to_json, to_text
+    from .plan_settings import read
+
+    request = read(options, RECORDS.get(simulated or ""))
+    report = make_report(request, check=check, simulated=simulated is not None, runs=runs, seed=seed)
+    click.echo(json.dumps(to_json(report)) if as_json else to_text(report))
+    if not report.agrees:
+        sys.exit(DAMAGE)
 
 
 @main.command(short_help="What the snapshot processes here can restore.")

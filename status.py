@@ -26,6 +26,7 @@ _HEAD = (
     "snapshots",
     "memory",
     "last commit",
+    "stall",
     "checkpoint",
 )
 
@@ -87,8 +88,17 @@ def _row(node: Node) -> tuple[str, ...]:
         str(node["snapshots"]),
         format_bytes(node["slot_bytes"] + node["parity_bytes"]),
         f"{node['last_commit_ms']:.0f} ms" if committed else "-",
+        _stall(node),
         f"step {checkpoint['step']}" if checkpoint else "none yet",
     )
+
+
+def _stall(node: Node) -> str:
+    """What a snapshot holds training up, and how often one is taken where the job leaves that to us."""
+    stall_ms, every = node["stall_ms"], node["every"]
+    if stall_ms is None:
+        return "-"
+    return f"{stall_ms:.1f} ms" + (f", every {every}" if every else "")
 
 
 def _notes(node: Node) -> list[str]:

@@ -48,6 +48,10 @@ class PluginConfig:
     """Complete checkpoints to keep; older ones are removed."""
     parity_rate_mb_s: float = 0.0
     """Ceiling on what one node pulls for parity, in MB/s. 0: none."""
+    metrics_port: int = 0
+    """Port on 127.0.0.1 where this node's snapshot process answers Prometheus. 0: none."""
+    event_log: str = ""
+    """Directory for a log of events, a line of JSON each. Empty: none is written."""
 
 
 def parse(raw: Mapping[str, Any]) -> tuple[PluginConfig, dict[str, Any]]:
@@ -73,9 +77,10 @@ def parse(raw: Mapping[str, Any]) -> tuple[PluginConfig, dict[str, Any]]:
     problems += _contradictions(values)
     if problems:
         raise ConfigError("--rdzv-conf: " + "; ".join(problems))
-    if directory := values.get("checkpoint_dir"):
-        # The snapshot process has another working directory than the agent.
-        values["checkpoint_dir"] = os.fspath(Path(directory).absolute())
+    for key in ("checkpoint_dir", "event_log"):
+        if directory := values.get(key):
+            # The snapshot process has another working directory than the agent.
+            values[key] = os.fspath(Path(directory).absolute())
     return PluginConfig(**values), torch_conf
 
 
@@ -90,6 +95,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         for key in ("lease_s", "checkpoint_every_s", "checkpoint_every_steps", "parity_rate_mb_s")
         if not values.get(key, 0) >= 0
     ]
+    if not 0 <= values.get("metrics_port", 0) <= 65535:
+        problems.append("metrics_port must lie between 1 and 65535, or be 0 for none")
     if values.get("checkpoint_keep", 1) < 1:
         problems.append("checkpoint_keep must be at least 1")
     return problems

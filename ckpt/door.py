@@ -108,7 +108,7 @@ class Door:
     def _handle(self, caller: "_Caller", message: Message, body: memoryview) -> Reply:
         op = message.get("op")
         if op == "status":
-            return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+            return self.status(), b"", []
         if op in ("verify", "keep", "look"):
             return self._handle_look(caller, message)
         if op == "stop":
@@ -146,6 +146,10 @@ class Door:
         kept, caller.kept = caller.kept, None
         if kept is not None:
             self._inspection.let_go(kept)
+
+    def status(self) -> Message:
+        """Everything `refound status` shows of this process."""
+        return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}
 
     def _attach(self, caller: "_Caller") -> Message:
         with self._keeper.changed:
@@ -190,12 +194,20 @@ class Door:
             if len(body) % 4:
                 raise ProtocolError("malformed checksums")
             checksums = np.frombuffer(bytes(body), dtype="<u4").astype(np.uint32)
+            with keeper.changed:
+                keeper.check_open(worker.generation)
+                keeper.tuning.reported(_snapshot(worker, message), message.get("costs"))
             keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message))
         elif op == "abort":
             keeper.abort(worker)
         elif op == "finish":
             if snapshot := keeper.finish(worker):
                 self._finished(snapshot)
+        elif op == "interval":
+            keeper.wait_committed(worker, _count(message, "step"), timedelta(milliseconds=_LONGEST_WAIT_MS))
+            with keeper.changed:
+                keeper.check_open(worker.generation)
+                return keeper.tuning.decision(_snapshot(worker, message)), b"", []
         elif op == "wait":
             wait = timedelta(milliseconds=min(_count(message, "timeout_ms"), _LONGEST_WAIT_MS))
             return {"committed": keeper.wait_committed(worker, _count(message, "step"), wait)}, b"", []
@@ -228,6 +240,10 @@ class _Caller:
         self.next_slot = 0
         self.stop = False
         self.kept: Held | None = None
+
+
+def _snapshot(worker: fence.Worker, message: Message) -> SnapshotId:
+    return SnapshotId(generation=worker.generation, step=_count(message, "step"))
 
 
 def _count(message: dict[str, Any], name: str) -> int:

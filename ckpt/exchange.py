@@ -88,7 +88,10 @@ class Exchange:
         if held.group.m:
             self._await_records(held)
             self._code_own_parity(held)
-        self._done = {i for i in self._done if i.step > held.id.step - 4} | {held.id}
+        with self._keeper.changed:
+            # By what is held, not by how far back it is: with many steps between snapshots, the one before this is
+            # far back and still here, and must not be done again while others drop it.
+            self._done = {i for i in self._done if i in self._keeper.held} | {held.id}
         self._on_prepared(held.id)
 
     def _await_records(self, held: Held) -> None:

@@ -26,6 +26,7 @@ from .fence import Worker
 from .held import Held, Record, ShardRecord
 from .slots import Segment, available_bytes, format_bytes
 from .stripes import BUCKET_BYTES
+from .tuning import Tuning
 
 _SLOTS = 2
 _EVENTS_KEPT = 200
@@ -67,10 +68,13 @@ class Keeper:
         self.is_over = False
         """Whether all ranks of the job are done for good."""
         self.snapshots = 0
+        self.tuning = Tuning()
         self.last_commit_ms = 0.0
         self._completed_at: dict[SnapshotId, float] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._refusals = 0
+        self.sink: Callable[[dict[str, Any]], None] | None = None
+        """Where events go beside; must not block."""
 
     # --- generations -------------------------------------------------------------------------------------------
 
@@ -119,6 +123,7 @@ class Keeper:
             self.prepared, self.replica_checks, self.trouble, self.committed = {}, {}, None, None
             self.finished, self.is_over = set(), False
             self._completed_at.clear()
+            self.tuning = Tuning()
             self.restored = {
                 "source": decision.source,
                 "step": 0,
@@ -379,6 +384,8 @@ class Keeper:
             self.snapshots += 1
             if (completed := self._completed_at.pop(snapshot, None)) is not None:
                 self.last_commit_ms = (time.monotonic() - completed) * 1000
+            # Too many for `events`, which keeps what is rare.
+            self._tell("commit", {"step": snapshot.step, "commit_ms": round(self.last_commit_ms, 1)})
             for older in [h for h in self.held.values() if h.id < snapshot]:
                 self._drop(older)
             self.prepared = {i: p for i, p in self.prepared.items() if i > snapshot}
@@ -445,7 +452,7 @@ class Keeper:
     def event(self, kind: str, **details: Any) -> None:
         """Note something people will want to know afterwards."""
         with self.changed:
-            self.events.append({"time": time.time(), "kind": kind, **details})
+            self.events.append(self._tell(kind, details))
         print(f"refound: {kind} {details}", flush=True)
 
     def refused(self, **details: Any) -> None:
@@ -455,6 +462,12 @@ class Keeper:
             count = self._refusals
         if count & (count - 1) == 0:
             self.event("refused", **details, refused_so_far=count)
+
+    def _tell(self, kind: str, details: dict[str, Any]) -> dict[str, Any]:
+        event = {"time": time.time(), "kind": kind, **details}
+        if self.sink:
+            self.sink({**event, "job": self.job, "node": self.node, "in": self.generation})
+        return event
 
     def status(self) -> dict[str, Any]:
         """A snapshot of everything `refound status` shows."""
@@ -473,9 +486,12 @@ class Keeper:
                 "committed": self._committed_status(),
                 "phase": self._phase(),
                 "slot_bytes": sum(s.size_bytes for pool in self.pools.values() for s in pool),
-                "parity_bytes": sum(s.size_bytes for held in self.held.values() for s in held.parity),
+                "parity_bytes": sum(s.size_bytes for s in self._parity()),
                 "snapshots": self.snapshots,
                 "last_commit_ms": round(self.last_commit_ms, 1),
+                "every": self.tuning.every,
+                "stall_ms": self.tuning.last.stall_ms if self.tuning.last else None,
+                "step_ms": self.tuning.last.step_ms if self.tuning.last else None,
                 "checkpoint": self.checkpoint,
                 "restored": self.restored,
                 "over": self.is_over,
@@ -483,6 +499,10 @@ class Keeper:
                 "trouble": str(self.trouble) if self.trouble else None,
                 "events": list(self.events),
             }
+
+    def _parity(self) -> list[Segment]:
+        """All memory of parity: of every snapshot, handed on to others, and kept for the next."""
+        return [*(s for held in self.in_memory() for s in held.parity + held.handed_on), *self.spare_parity]
 
     def _committed_status(self) -> dict[str, Any] | None:
         if self.committed is None:

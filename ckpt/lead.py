@@ -74,9 +74,13 @@ class Control:
     def prepared(self, snapshot: SnapshotId) -> None:
         """Data and parity of `snapshot` are complete on this node."""
         checks = self._replica_checks(snapshot)
+        with self._keeper.changed:
+            costs = self._keeper.tuning.told(snapshot)
+            if self.is_lead:
+                self._keeper.tuning.heard(snapshot, costs)
         if not self.is_lead:
             message = {**_message("prepared", snapshot), "position": self._keeper.position, "replica_checks": checks}
-            self._send(0, message)
+            self._send(0, message | costs)
         elif self._keeper.note_prepared(snapshot, 0, checks):
             self.everyone_prepared(snapshot)
 
@@ -119,9 +123,12 @@ class Control:
     def everyone_prepared(self, snapshot: SnapshotId) -> None:
         """At the lead: commit, here and everywhere."""
         persist = self._writer.is_due(snapshot)
+        with self._keeper.changed:
+            tuned = self._keeper.tuning.decide(snapshot, self._keeper.last_commit_ms)
+            self._keeper.tuning.decided(snapshot, tuned)
         for position in range(len(self._decision.nodes)):
             if position != self._keeper.position:
-                self._send(position, {**_message("commit", snapshot), "persist": persist})
+                self._send(position, {**_message("commit", snapshot), "persist": persist, **tuned})
         self.committed(snapshot, persist)
 
     def told_committed(self, snapshot: SnapshotId, persist: bool) -> None:

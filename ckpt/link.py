@@ -91,10 +91,20 @@ class Link:
                 os.close(fd)
         return self._slots[reply["slot"]]
 
-    def complete(self, step: int, checksums: np.ndarray, replica_checks: dict[str, int]) -> None:
-        """The slot holds all of `step`."""
-        message = {"op": "complete", "step": step, "replica_checks": replica_checks}
+    def complete(
+        self,
+        step: int,
+        checksums: np.ndarray,
+        replica_checks: dict[str, int],
+        costs: dict[str, float] | None = None,
+    ) -> None:
+        """The slot holds all of `step`. costs: of the snapshot before it (`tuning.Costs`)."""
+        message = {"op": "complete", "step": step, "replica_checks": replica_checks, "costs": costs}
         self._client.call(message, checksums.astype("<u4").tobytes())
+
+    def interval(self, step: int) -> dict[str, Any]:
+        """Wait until `step` is committed; {"every", "why"} if its commit says how often to take a snapshot."""
+        return self._client.call({"op": "interval", "step": step})[0]
 
     def abort(self) -> None:
         """Give the slot back unwritten."""

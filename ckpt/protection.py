@@ -32,6 +32,7 @@ from .errors import ConfigError, SnapshotError, StaleWriterError, WorldSizeError
 from .link import Link, Place
 from .loader import Loader
 from .shard import Plan, make_plan, signature
+from .tuning import STALL_BUDGET, interval_problems, make_interval
 
 _EXIT_WAIT = timedelta(seconds=30)
 _UNSETTLED_SNAPSHOTS = 10  # skipped at most, while gradient buckets are not laid out for good
@@ -49,10 +50,13 @@ class Restored:
     """Why not from something newer."""
 
 
-def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protection":
+def protect(
+    *, every: int | str = 1, stall_budget: float = STALL_BUDGET, replicas: bool = True, **objects: Any
+) -> "Protection":
     """Protect named objects: models, optimizers, schedulers, samplers, anything with (load_)state_dict.
 
-    every: steps between snapshots.
+    every: steps between snapshots; "auto": as few as keep their stall within the budget, agreed by all ranks.
+    stall_budget: share of training time that snapshots may hold up, for "auto".
     replicas: ranks that hold the same by construction (DDP, replicated DTensor dimensions) save a part each.
 
     Restores their state if the job has been running before. Without a refound agent (plain `python train.py`) it
@@ -66,8 +70,7 @@ def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protec
         for name, value in objects.items()
         if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)))
     ]
-    if every < 1:
-        problems.append(f"every={every} must be at least 1")
+    problems += interval_problems(every, stall_budget)
     if not objects:
         problems.append("nothing to protect: name at least a model, as in protect(model=model)")
     if problems:
@@ -79,20 +82,28 @@ def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protec
             "--rdzv-backend=refound, or torchrun --standalone --logs-specs=refound",
             stacklevel=2,
         )
-    return Protection(objects, every=every, replicas=replicas, place=place)
+    return Protection(objects, every=every, stall_budget=stall_budget, replicas=replicas, place=place)
 
 
 class Protection:
     """A job's protection, made by `protect`."""
 
-    def __init__(self, objects: dict[str, Any], *, every: int, replicas: bool, place: Place | None) -> None:
+    def __init__(
+        self,
+        objects: dict[str, Any],
+        *,
+        every: int | str,
+        replicas: bool,
+        place: Place | None,
+        stall_budget: float = STALL_BUDGET,
+    ) -> None:
         self.step = 0
         """Completed steps."""
         self.restored: Restored | None = None
         """What this process went on from; None at a job's start."""
         self.stall_ms = 0.0
         """How long the last snapshot held training up, its preparation included."""
-        self._objects, self._every = objects, every
+        self._objects = objects
         self._plan: Plan | None = None
         self._signature: tuple[Any, ...] = ()
         self._checked_replicas = False
@@ -102,6 +113,7 @@ class Protection:
         self._last_snapshot = self._skipped = 0
         self._link: Link | None = None
         self._rank = place.rank if place else 0
+        self._interval = make_interval(every, stall_budget, self._rank)
         self._collector = Collector(objects, rank=self._rank, replicas=replicas)
         self._copier = Copier(_device_of(objects))
         if place is not None:
@@ -155,6 +167,9 @@ class Protection:
             return
         started = time.monotonic()
         self._wait()
+        if self._link is None:
+            return  # it has gone while the last snapshot was copied
+        self._interval.measured(self.step, started, self.stall_ms)
         self.stall_ms = 0.0
         self._begin(self._link)
         if not self._overlaps:
@@ -163,8 +178,9 @@ class Protection:
 
     def _is_due(self) -> bool:
         settled = self._buckets.learn() or self._skipped >= _UNSETTLED_SNAPSHOTS  # torch logs by iteration: look at all
-        if self.step % self._every or settled:
-            return self.step % self._every == 0
+        due = self._interval.is_due(self.step, self._wait)
+        if settled or not due:
+            return due
         self._skipped += 1
         if self._skipped == _UNSETTLED_SNAPSHOTS:
             self._say_of_buckets("torch did not say how the buckets lie")
@@ -211,7 +227,7 @@ class Protection:
                     f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
                     "in optimizer.step(), or before end_step()"
                 )
-            link.complete(job.step, sums, checks)
+            link.complete(job.step, sums, checks, self._interval.agreed(link, job.step))
             self._checked_replicas, self._last_snapshot = True, job.step
         except Exception as error:
             self._failure = error

@@ -124,9 +124,13 @@ class PeerServer:
             self._keeper.offered(snapshot, _integer(message, "position"), record, _integer(message, "world_size"))
         elif op == "prepared":
             checks = checked_replicas(message)
+            with self._keeper.changed:
+                self._keeper.tuning.heard(snapshot, message)
             if self._keeper.note_prepared(snapshot, _integer(message, "position"), checks):
                 self._prepared(snapshot)
         elif op == "commit":
+            with self._keeper.changed:
+                self._keeper.tuning.decided(snapshot, message)
             self._committed(snapshot, bool(message.get("persist")))
         elif op == "persisted":
             self._persisted(snapshot, _integer(message, "position"), durable=message.get("durable") is True)

@@ -30,11 +30,13 @@ from .rebuild import Rebuilder, Rebuilds
 from .recovery import Recovery
 from .restore import Restore
 from .server import PeerServer
+from .telemetry import Telemetry
 from .wire import Message
 from .writer import CheckpointWriter
 
 _TICK_S = 0.5
 _DRAIN_S = 120.0
+_LAST_LINES_S = 5.0
 _NICE = 5
 
 
@@ -68,6 +70,8 @@ class Process:
             restore=self._current_restore,
             finished=lambda snapshot: self._with_control().finished(snapshot),
         )
+        self._telemetry = Telemetry(self.keeper, self._door.status)
+        self._telemetry.follow(conf)
 
     def _with_control(self) -> Control:
         if self._control is None:
@@ -96,6 +100,7 @@ class Process:
         op = message.get("op")
         if op == "configure":
             self.keeper.conf = PluginConfig(**message["conf"])
+            self._telemetry.follow(self.keeper.conf)
             return {}
         if op == "inventory":
             return {"view": self._inventory().to_json()}
@@ -161,6 +166,8 @@ class Process:
         self._writer.drain(_DRAIN_S)
         if self._control is not None:
             self._control.drain(_DRAIN_S)
+        self.keeper.event("end")
+        self._telemetry.close(_LAST_LINES_S)
         self._path.unlink(missing_ok=True)
         log_path(self._path).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # other nodes of the job on this host still use the folder

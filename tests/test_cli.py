@@ -47,6 +47,9 @@ def node(**changes: Any) -> dict[str, Any]:
         "parity_bytes": 1 << 30,
         "snapshots": 17,
         "last_commit_ms": 35.2,
+        "every": 12,
+        "stall_ms": 3.14,
+        "step_ms": 900.0,
         "checkpoint": {"step": 30, "path": "/scratch/my-job/step-30"},
         "restored": None,
         "lease_s": 600.0,
@@ -67,7 +70,7 @@ def test_version(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"refound {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("status",), ("stop",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("plan",), ("status",), ("stop",)])
 def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -75,7 +78,17 @@ def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", [("--help",), ("demo", "--help"), ("doctor",), ("status",), ("stop", "x")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--help",),
+        ("demo", "--help"),
+        ("doctor",),
+        ("status",),
+        ("stop", "x"),
+        ("plan", "--nodes", "8", "--params", "7B"),
+    ],
+)
 def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, cwd=tmp_path, options=("-X", "importtime"))
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
@@ -93,6 +106,8 @@ def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, 
         (("status", "--jsn"), "--json"),
         (("demmo",), "demmo"),
         (("stop",), "JOB"),
+        (("plan",), "--nodes is missing"),
+        (("plan", "--simulate", "llama4"), "llama3"),
     ],
 )
 def test_bad_usage(tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
@@ -190,6 +205,7 @@ def test_status_text() -> None:
     assert "step 41" in lines[2]
     assert "4.0 GiB" in lines[2]
     assert "35 ms" in lines[2]
+    assert "3.1 ms, every 12" in lines[2]
     assert "none yet" in lines[3]
     assert lines[4:] == ["  not on this machine: n2"]
 

@@ -2,6 +2,7 @@
 """Parity and recovery between several nodes' snapshot processes, over real loopback TCP, byte for byte."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import reedsolo
 from refound.ckpt.errors import DamageError
+from refound.ckpt.exchange import Exchange
+from refound.ckpt.held import Held
 from refound.ckpt.stripes import BUCKET_BYTES
 
 from .cluster import Cluster, wait_for, write
@@ -38,6 +41,27 @@ def protected(k: int, m: int, steps: int = 2) -> Iterator[Cluster]:
 
 def last(cluster: Cluster):
     return max(cluster.written)
+
+
+def test_snapshots_many_steps_apart_are_protected_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before is still held when the next is done: doing it again would ask others for what they drop."""
+    done: Counter[tuple[int, int]] = Counter()
+    real = Exchange._protect
+
+    def protect(self: Exchange, held: Held) -> None:
+        done[held.position, held.id.step] += 1
+        real(self, held)
+
+    monkeypatch.setattr(Exchange, "_protect", protect)
+    cluster = Cluster(2, 1, [[1]] * 3)
+    try:
+        cluster.open()
+        steps = range(10, 200, 10)
+        for step in steps:
+            cluster.committed(cluster.snapshot(step))
+    finally:
+        cluster.end()
+    assert done == Counter({(position, step): 1 for position in range(3) for step in steps})
 
 
 @pytest.mark.parametrize(("k", "m"), CODES)
