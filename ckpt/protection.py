@@ -29,9 +29,12 @@ from ..erasure import checksum
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
 from .errors import ConfigError, SnapshotError, WorldSizeError
+from .frozen import FrozenSet, size_hint
 from .link import Link, Place
 from .loader import Loader
 from .shard import Plan, make_plan, signature
+from .wrappers import optimizers_of, unlike_asked, unwrap
+from .zero import ZeroState
 
 _EXIT_WAIT = timedelta(seconds=30)
 
@@ -48,11 +51,16 @@ class Restored:
     """Why not from something newer."""
 
 
-def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protection":
+def protect(*, every: int = 1, replicas: bool = True, save_frozen: bool = True, **objects: Any) -> "Protection":
     """Protect named objects: models, optimizers, schedulers, samplers, anything with (load_)state_dict.
+
+    Models may be plain, DDP, made of DTensors (FSDP2, HSDP, tensor parallel), or a DeepSpeed engine, which brings its
+    optimizer along. What accelerate has prepared is taken as it is.
 
     every: steps between snapshots.
     replicas: ranks that hold the same by construction (DDP, replicated DTensor dimensions) save a part each.
+    save_frozen: False leaves parameters without gradients out (see frozen.py): the script makes them the same in
+    every start, which is proven before anything is restored.
 
     Restores their state if the job has been running before. Without a refound agent (plain `python train.py`) it
     warns once and protects nothing.
@@ -78,19 +86,29 @@ def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protec
             "--rdzv-backend=refound, or torchrun --standalone --logs-specs=refound",
             stacklevel=2,
         )
-    return Protection(objects, every=every, replicas=replicas, place=place)
+    return Protection(objects, every=every, replicas=replicas, save_frozen=save_frozen, place=place)
 
 
 class Protection:
     """A job's protection, made by `protect`."""
 
-    def __init__(self, objects: dict[str, Any], *, every: int, replicas: bool, place: Place | None) -> None:
+    def __init__(
+        self,
+        objects: dict[str, Any],
+        *,
+        every: int,
+        replicas: bool,
+        place: Place | None,
+        save_frozen: bool = True,
+    ) -> None:
         self.step = 0
         """Completed steps."""
         self.restored: Restored | None = None
         """What this process went on from; None at a job's start."""
         self.stall_ms = 0.0
         """How long the last snapshot held training up, its preparation included."""
+        if place is not None:
+            objects = unwrap(objects)
         self._objects, self._every = objects, every
         self._plan: Plan | None = None
         self._signature: tuple[Any, ...] = ()
@@ -101,14 +119,18 @@ class Protection:
         self._last_snapshot = 0
         self._link: Link | None = None
         self._rank = place.rank if place else 0
-        self._collector = Collector(objects, rank=self._rank, replicas=replicas)
+        self._frozen = None if save_frozen or place is None else FrozenSet(objects)
+        self._collector = Collector(objects, rank=self._rank, replicas=replicas, frozen=self._frozen)
         self._copier = Copier(_device_of(objects))
         if place is not None:
             self._link = Link(place)
             self._restore(self._link)
             if place.rank == 0:
                 _say_what_ddp_does(objects, place.world_size)
-            hooked = [o for o in objects.values() if isinstance(o, torch.optim.Optimizer)]
+                for words in [*unlike_asked(objects, place.world_size), size_hint(objects) if save_frozen else ""]:
+                    if words:
+                        print(f"refound: {words}", file=sys.stderr, flush=True)
+            hooked = optimizers_of(objects)
             for optimizer in hooked:
                 optimizer.register_step_pre_hook(self._before_optimizer_step)
             self._overlaps = bool(hooked)
@@ -127,7 +149,10 @@ class Protection:
                 f"{link.place.world_size}. It is kept: bring the job back with {facts['world_size']} ranks, or start "
                 "anew with another --rdzv-id"
             )
-        Loader(link.shard, self._rank).load(self._objects, self._collector)
+        loader = Loader(link.shard, self._rank)
+        loader.load(self._objects, self._collector)
+        if self._frozen is not None:
+            self._frozen.thaw(loader.saved_paths())  # what the snapshot holds is no longer as the script made it
         self.step = self._last_snapshot = facts["step"]
         self.restored = Restored(
             step=self.step,
@@ -187,6 +212,16 @@ class Protection:
                     f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
                     "in optimizer.step(), or before end_step()"
                 )
+            if self._frozen is not None and (thawed := self._frozen.changed()):
+                link.abort()
+                self._frozen.thaw(thawed)
+                print(
+                    f"refound: {thawed[0]} changes although it requires no gradients ({len(thawed)} such); saved from "
+                    f"the next snapshot on, none is taken at step {job.step}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
             link.complete(job.step, sums, checks)
             self._checked_replicas, self._last_snapshot = True, job.step
         except Exception as error:
@@ -289,6 +324,8 @@ def _replica_checks(plan: Plan, leaves: list[Any]) -> dict[str, int]:
 
 def _device_of(objects: dict[str, Any]) -> torch.device:
     for value in objects.values():
+        if isinstance(value, ZeroState):
+            return value.device
         if isinstance(value, torch.nn.Module):
             for parameter in value.parameters():
                 return parameter.device
