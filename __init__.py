@@ -7,10 +7,12 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Protection", "__version__", "protect"]
+__all__ = ["DcpMemory", "Protection", "TrainerCallback", "__version__", "protect"]
 
 if TYPE_CHECKING:
+    from .ckpt.dcp import DcpMemory
     from .ckpt.protection import Protection, protect
+    from .ckpt.trainer import TrainerCallback
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +20,12 @@ def __getattr__(name: str) -> Any:
         from .ckpt import protection
 
         return getattr(protection, name)
+    if name == "TrainerCallback":
+        from .ckpt.trainer import TrainerCallback  # needs transformers
+
+        return TrainerCallback
+    if name == "DcpMemory":
+        from .ckpt.dcp import DcpMemory
+
+        return DcpMemory
     raise AttributeError(f"module 'refound' has no attribute {name!r}")

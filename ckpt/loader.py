@@ -13,7 +13,7 @@ from .collect import RNG, Collector, Leaf, set_random_state, spec_of
 from .errors import LayoutMismatchError
 from .frozen import crc, local, parameters
 from .shard import Shard, Slot, pieces
-from .tree import ABSENT, Json, absent, decode
+from .tree import ABSENT, Json, absent_tensors, decode
 from .zero import ZeroState
 
 _SHOWN = 5
@@ -25,7 +25,7 @@ class Loader:
     def __init__(self, shard_of: Callable[[int], np.ndarray], rank: int) -> None:
         self._shard = Shard(shard_of(rank))
         self._rank = rank
-        self._absent = absent(self._shard.objects)
+        self._absent = absent_tensors(self._shard.objects)
         self._live: dict[str, torch.Tensor] = {}
         self._parts: dict[int, list[tuple[int, np.ndarray]]] = {}
         shards = {rank: self._shard}
@@ -46,14 +46,12 @@ class Loader:
             elif isinstance(value, torch.optim.Optimizer):
                 _load_optimizer(value, decode(data, lambda number: self._new_tensor(number, placements)))
             elif isinstance(value, ZeroState):
-                value.load_state_dict(decode(data, lambda number: self._new_tensor(number, None)))
+                value.load_state_dict(
+                    decode(data, lambda number: self._new_tensor(number, None), lambda facts: self._live[facts["path"]])
+                )
             else:
                 value.load_state_dict(decode(data, lambda number: self._new_tensor(number, placements)))
         set_random_state(decode(self._shard.objects[RNG], lambda number: self._new_tensor(number, placements)))
-
-    def saved_paths(self) -> set[str]:
-        """Of all tensors that the snapshot holds."""
-        return {slot.path for slot in self._shard.slots}
 
     # --- fits? -------------------------------------------------------------------------------------------------
 
@@ -100,13 +98,11 @@ class Loader:
         with torch.no_grad():
             target.copy_(torch.from_numpy(whole).view(target.dtype).reshape(target.shape))
 
-    def _new_tensor(self, number: Any, placements: dict[str, DTensor] | None) -> torch.Tensor:
+    def _new_tensor(self, number: int, placements: dict[str, DTensor] | None) -> torch.Tensor:
         """A fresh tensor with a leaf's bytes, on the CPU or laid out like a live DTensor with the same spec.
 
-        placements: None for the local part of what is no DTensor. The facts of an absent tensor give the live one.
+        placements: None for the local part of what is no DTensor.
         """
-        if isinstance(number, dict):
-            return self._live[number["path"]]
         slot = self._shard.slots[number]
         like = placements.get(_spec_key(slot.spec)) if slot.spec and placements is not None else None
         device = like.device if like is not None else torch.device("cpu")

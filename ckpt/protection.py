@@ -149,10 +149,9 @@ class Protection:
                 f"{link.place.world_size}. It is kept: bring the job back with {facts['world_size']} ranks, or start "
                 "anew with another --rdzv-id"
             )
-        loader = Loader(link.shard, self._rank)
-        loader.load(self._objects, self._collector)
+        Loader(link.shard, self._rank).load(self._objects, self._collector)
         if self._frozen is not None:
-            self._frozen.thaw(loader.saved_paths())  # what the snapshot holds is no longer as the script made it
+            self._frozen.thaw(self._frozen.changed())  # what the script cannot make is in the snapshots
         self.step = self._last_snapshot = facts["step"]
         self.restored = Restored(
             step=self.step,

@@ -4,12 +4,14 @@
 Nothing is imported for a framework that the script does not use.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from .errors import ConfigError
 from .zero import ZeroState, is_engine, is_zero_optimizer
@@ -18,7 +20,8 @@ from .zero import ZeroState, is_engine, is_zero_optimizer
 def unwrap(objects: dict[str, Any]) -> dict[str, Any]:
     """The objects whose state is to be saved: accelerate's optimizers bare, and DeepSpeed engines as their state.
 
-    An optimizer that belongs to one of the engines goes with it. Raises ConfigError for one whose engine is not there.
+    An optimizer that belongs to one of the engines goes with it. Raises ConfigError for one whose engine is not there,
+    for engines that cannot be protected, and for FSDP1.
     """
     found: dict[str, Any] = {}
     engines = [value for value in objects.values() if is_engine(value)]
@@ -29,6 +32,11 @@ def unwrap(objects: dict[str, Any]) -> dict[str, Any]:
             inner := getattr(bare, "optimizer", None), torch.optim.Optimizer
         ):
             bare = inner
+        if isinstance(bare, torch.nn.Module) and any(map(_is_fsdp1, bare.modules())):
+            raise ConfigError(
+                f"{name!r} is wrapped in FullyShardedDataParallel (FSDP1), which cannot be protected: shard it with "
+                "fully_shard() (FSDP2); with accelerate say fsdp_version=2"
+            )
         if is_engine(bare):
             found |= _of_engine(name, bare)
         elif id(bare) not in owned and id(getattr(bare, "optimizer", None)) not in owned:
@@ -38,6 +46,10 @@ def unwrap(objects: dict[str, Any]) -> dict[str, Any]:
                 )
             found[name] = bare
     return found
+
+
+def _is_fsdp1(module: torch.nn.Module) -> bool:
+    return any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__)
 
 
 def _of_engine(name: str, engine: Any) -> dict[str, Any]:
@@ -80,13 +92,13 @@ def unlike_asked(objects: dict[str, Any], world_size: int) -> Iterator[str]:
     state = dict(accelerate.AcceleratorState._shared_state) if accelerate else {}
     if not state:
         return
-    runs, models = str(state.get("distributed_type")).rpartition(".")[2], [*objects.values()]
+    runs, models = str(state.get("distributed_type")).rpartition(".")[2], list(objects.values())
     if world_size > 1 and dist.is_initialized() and runs == "NO":
         yield (
             f"accelerate believes that it runs alone (DistributedType.NO) although torchrun started {world_size} "
             "workers: nothing is averaged between them. On the CPU say Accelerator(cpu=True)"
         )
-    if _wants_fsdp(state) and not any(is_sharded(model) for model in models):
+    if _wants_fsdp(state) and runs != "FSDP" and not any(is_sharded(model) for model in models):
         yield (
             f"accelerate was told to use FSDP and does not (it runs {runs}): on the CPU it never does. The model is "
             "whole on every rank. For FSDP2 there call torch's fully_shard() yourself, as examples/fsdp2.py does"
@@ -94,15 +106,11 @@ def unlike_asked(objects: dict[str, Any], world_size: int) -> Iterator[str]:
 
 
 def _wants_fsdp(state: dict[str, Any]) -> bool:
-    import os
-
     return state.get("fsdp_plugin") is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def is_sharded(model: Any) -> bool:
     """Whether a model's parameters are parts of larger ones."""
-    from torch.distributed.tensor import DTensor
-
     if isinstance(model, ZeroState):
         return True
     return isinstance(model, torch.nn.Module) and any(isinstance(p, DTensor) for p in model.parameters())

@@ -103,9 +103,7 @@ class ZeroState:
             return Placed(replicas=self._ranks if shared else (dist.get_rank(),), spec=None)
         piece, _, which = name.partition("/")
         cut = kind == "masters" or which.startswith("parts/")
-        return Placed(
-            replicas=(dist.get_rank(),), spec=_flat_spec(self._sizes[piece], self._ranks) if cut else None
-        )
+        return Placed(replicas=(dist.get_rank(),), spec=_flat_spec(self._sizes[piece], self._ranks) if cut else None)
 
     def frozen(self) -> dict[str, torch.Tensor]:
         """Parameters that no optimizer owns: the frozen ones."""

@@ -5,8 +5,7 @@ The job goes past its last snapshot before it is struck, so the steps after that
 recovery. Both times every rank must compute the same loss, and hold the same state, bit for bit.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ class Way:
     nodes: int = 1
     """With several, the last one is lost; with one, the last worker is killed."""
     arguments: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 WAYS = {
@@ -37,11 +35,17 @@ WAYS = {
     "hsdp-node-lost": Way(example="hsdp", workers=2, nodes=2),
     "tp": Way(example="tp"),
     "tp-fsdp2": Way(example="tp", workers=4),
+    "zero2": Way(example="zero", arguments=("--stage=2", "--dtype=bf16")),
+    "zero3": Way(example="zero", arguments=("--stage=3",)),
+    "accelerate": Way(example="accelerate_ddp"),
+    "accelerate-zero": Way(example="accelerate_ddp", arguments=("--zero=2",)),
+    "trainer": Way(example="hf_trainer"),
+    "peft": Way(example="peft_lora"),
 }
 
 
 def run(way: Way, folder: Path) -> Job:
-    return Job(
+    job = Job(
         folder,
         nodes=way.nodes,
         workers=way.workers,
@@ -50,8 +54,9 @@ def run(way: Way, folder: Path) -> Job:
         standalone=way.nodes == 1,
         program=RUNNER,
         script=(f"--every={SNAPSHOT}", *(("--", *way.arguments) if way.arguments else ())),
-        environment=way.environment,
     )
+    job.environment = {"REFOUND_JOB": job.name, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    return job
 
 
 def seen_twice(job: Job, rank: int) -> dict[tuple[str, int], list[str]]:

@@ -13,15 +13,17 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from refound.ckpt import protection
+from refound.ckpt import dcp, protection
 
 ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "examples")]
 
-from train import append, gatekeeper  # noqa: E402
+from train import append, digest, gatekeeper  # noqa: E402
 
 
 class Observed(protection.Protection):
@@ -30,7 +32,7 @@ class Observed(protection.Protection):
     options: argparse.Namespace
     log: Path
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         source, generation = (self.restored.source if self.restored else "start"), os.environ["REFOUND_GENERATION"]
         append(self.log, {"start": self.step, "source": source, "pid": os.getpid(), "generation": int(generation)})
@@ -61,15 +63,45 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+class ObservedMemory(dcp.DcpMemory):
+    """A place for DCP checkpoints whose starts are written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generation = int(os.environ["REFOUND_GENERATION"])
+        append(Observed.log, {"start": self.step, "source": "?", "pid": os.getpid(), "generation": generation})
+
+
+def observe_training(example: Any) -> Callable[[int, float], None]:
+    """What takes the place of `Observed` in an example that saves by itself and calls its state a Training."""
+    made: list[Any] = []
+
+    class Training(example.Training):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    def report(step: int, loss: float) -> None:
+        append(Observed.log, {"loss_of": step, "loss": float(loss).hex()})
+        append(Observed.log, {"step": step, "digest": digest(made[0].state_dict())})
+        if step < Observed.options.steps:
+            gatekeeper(Observed.options.gate)(step + 1)
+
+    example.Training = Training
+    return report
+
+
 def main() -> None:
     options = parse(sys.argv[1:])
     Observed.options, Observed.log = options, options.out / f"rank{os.environ['RANK']}.jsonl"
-    protection.Protection = Observed
+    protection.Protection, dcp.DcpMemory = Observed, ObservedMemory
     example = importlib.import_module(options.kind)
-    example.main(
-        [f"--steps={options.steps}", f"--every={options.every}", *options.rest],
-        lambda step, loss: append(Observed.log, {"loss_of": step, "loss": float(loss).hex()}),
+    report: Callable[[int, float], None] = lambda step, loss: append(  # noqa: E731
+        Observed.log, {"loss_of": step, "loss": float(loss).hex()}
     )
+    if hasattr(example, "Training"):
+        report = observe_training(example)
+    example.main([f"--steps={options.steps}", f"--every={options.every}", *options.rest], report)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gloo's threads may outlive the process group, and crash in an interpreter that is shutting down
