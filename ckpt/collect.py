@@ -160,7 +160,7 @@ def spec_of(tensor: DTensor) -> dict[str, Any]:
 def _roles(owner: Any, name: str) -> Role:
     """A function that says of a path of `owner` whether its tensor is constant, and whose parameter's it is."""
     if isinstance(owner, ZeroState):
-        return lambda path: (True, owner.placed(path[len(name) + 1 :]))
+        return lambda path: owner.role(path[len(name) + 1 :])
     if isinstance(owner, torch.nn.Module):
         by_path = {f"{name}/{key}": parameter for key, parameter in owner.named_parameters(remove_duplicate=False)}
         return lambda path: (path in by_path, by_path.get(path))

@@ -63,6 +63,7 @@ class ZeroState:
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         self._parts = tuple(self._find_parts())
         self._sizes = {name: count for name, _, _, count in self._parts}
+        self._roles: dict[str, tuple[bool, Placed]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -95,15 +96,22 @@ class ZeroState:
                 yield self._names[id(parameter)], number, offset, count
                 offset += count
 
-    def placed(self, path: str) -> Placed:
-        """path: below this object, as in `masters/group0` or `rest/bias`."""
+    def role(self, path: str) -> tuple[bool, Placed]:
+        """Of a tensor below this object, as in `masters/group0`: whether it stays between two steps, and its place."""
+        if path not in self._roles:  # one object for each path: that it is the same is how a layout is known again
+            self._roles[path] = self._role(path)
+        return self._roles[path]
+
+    def _role(self, path: str) -> tuple[bool, Placed]:
         kind, _, name = path.partition("/")
+        alone = (dist.get_rank(),)
         if kind == "rest":
-            shared = self.stage < 3 and name in self.frozen()
-            return Placed(replicas=self._ranks if shared else (dist.get_rank(),), spec=None)
+            constant = name in self.frozen()
+            shared = constant and self.stage < 3
+            return constant, Placed(replicas=self._ranks if shared else alone, spec=None)
         piece, _, which = name.partition("/")
         cut = kind == "masters" or which.startswith("parts/")
-        return Placed(replicas=(dist.get_rank(),), spec=_flat_spec(self._sizes[piece], self._ranks) if cut else None)
+        return True, Placed(replicas=alone, spec=_flat_spec(self._sizes[piece], self._ranks) if cut else None)
 
     def frozen(self) -> dict[str, torch.Tensor]:
         """Parameters that no optimizer owns: the frozen ones."""

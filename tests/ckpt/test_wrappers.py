@@ -77,10 +77,23 @@ def test_accelerate_that_was_told_fsdp_and_runs_something_else_is_noticed() -> N
 
 
 ENGINE = """
-import json, os, sys, torch, torch.distributed as dist, deepspeed, deepspeed.ops
+import json, os, sys, numpy, torch, torch.distributed as dist, deepspeed, deepspeed.ops
 from refound.ckpt.collect import Collector
+from refound.ckpt.copier import Copier
 from refound.ckpt.errors import ConfigError
+from refound.ckpt.frozen import FrozenSet
+from refound.ckpt.loader import Loader
+from refound.ckpt.shard import make_plan, signature
 from refound.ckpt.wrappers import unwrap
+class Slot:
+    def __init__(self, size):
+        self.array = numpy.zeros(size, numpy.uint8)
+def saved(state):
+    text = json.dumps(state.objects).encode()
+    plan = make_plan(state, 0, len(text))
+    slot = Slot(plan.size_bytes)
+    Copier(torch.device("cpu")).fill(plan, state.leaves, plan.header(text), slot, None)
+    return slot.array
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 deepspeed.init_distributed("gloo")
@@ -91,7 +104,9 @@ def refusal(what):
     except ConfigError as error:
         return str(error)
 for stage in (2, 3):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2).requires_grad_(False))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6, affine=False), torch.nn.Linear(6, 2).requires_grad_(False)
+    )
     config = {
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
         "zero_optimization": {"stage": stage},
@@ -101,15 +116,27 @@ for stage in (2, 3):
     objects = unwrap({"model": engine, "optimizer": optimizer})
     collector = Collector(objects, rank=0)
     def step():
-        engine.backward(engine(torch.ones(2, 4)).sum())
+        loss = engine(torch.randn(2, 4)).pow(2).sum()
+        engine.backward(loss)
         engine.step()
+        return loss.item().hex()
     step()
     middle = refusal(collector.collect)
     step()
     state = collector.collect()
+    frozen = FrozenSet(objects)
+    small = Collector(objects, rank=0, frozen=frozen)
+    for made in (collector, small):
+        shard = saved(made.collect())
+        after = [step() for _ in range(4)]
+        Loader(lambda _: shard, 0).load(objects, made)
+        assert [step() for _ in range(4)] == after, stage
+    assert signature(collector.collect()) == signature(collector.collect())
     found[stage] = {
         "objects": sorted(objects), "middle": middle, "layout": state.objects["model"]["layout"],
         "alone": refusal(lambda: unwrap({"optimizer": optimizer})),
+        "small": [leaf.path for leaf in small.collect().leaves],
+        "constant": [leaf.path for leaf in state.leaves if leaf.constant],
         "leaves": {leaf.path: [list(leaf.tensor.shape), leaf.spec] for leaf in state.leaves},
         "groups": [len(o.param_groups) for o in objects["model"].optimizers],
     }
@@ -119,8 +146,8 @@ os._exit(0)
 """
 
 
-def test_a_zero_engine_is_described_for_any_number_of_ranks() -> None:
-    """Every flat tensor with its length, and a table of which parameter lies where in it."""
+def test_a_zero_engine_comes_back_and_is_described_for_any_number_of_ranks() -> None:
+    """Every flat tensor with its length, and a table of which parameter lies where. Frozen ones may be left out."""
     quiet = {"PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment = os.environ | quiet | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     command = [sys.executable, "-c", textwrap.dedent(ENGINE)]
@@ -142,7 +169,10 @@ def test_a_zero_engine_is_described_for_any_number_of_ranks() -> None:
         if stage == "2":
             named = [["group0", name, shape] for _, name, shape in named]
         assert facts["layout"] == named
-        assert {path for path in facts["leaves"] if path.startswith("model/rest/")} == {
-            "model/rest/1.weight",
-            "model/rest/1.bias",
+        frozen = {"model/rest/2.weight", "model/rest/2.bias"}
+        rest = {path for path in facts["leaves"] if path.startswith("model/rest/")}
+        assert rest == frozen | {
+            f"model/rest/1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
         }
+        assert rest & set(facts["constant"]) == frozen, "buffers change in a forward pass"
+        assert set(facts["leaves"]) - set(facts["small"]) == frozen

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lives of a job of one rank, one after the other, beside a real snapshot process: `incarnations.py CHAIN`.
+"""Jobs of one rank with several lives each, beside a real snapshot process: `incarnations.py NAME`.
 
 Each life is a fork of this process, which plays the agent, so that torch is imported once. It ends with status 1 and a
 traceback at the first life in which an assertion does not hold. (A life must be a process of its own: the snapshot
@@ -171,10 +171,15 @@ def dcp_meets_protect(_: Path) -> None:
     third.close()
 
 
-CHAINS: dict[str, list[Life]] = {
-    "teacher": [teacher_trains, teacher_is_back, base_is_another, dcp_meets_protect],
-    "dcp": [dcp_saves, dcp_loads, protect_meets_dcp],
-}
+def jobs(name: str) -> list[list[Life]]:
+    """Each job's lives."""
+    if name == "teacher":
+        return [[teacher_trains, teacher_is_back, base_is_another, dcp_meets_protect]]
+    if name == "dcp":
+        return [[dcp_saves, dcp_loads, protect_meets_dcp]]
+    import trainer_lives  # which imports transformers
+
+    return trainer_lives.jobs()
 
 
 def live(life: Life, folder: Path) -> None:
@@ -189,23 +194,29 @@ def live(life: Life, folder: Path) -> None:
     os._exit(status)
 
 
-def main() -> None:
-    job = f"incarnations-{os.getpid()}"
-    attachment = attach(job, "127.0.0.1", PluginConfig(node="n"))
-    status = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for life in CHAINS[sys.argv[1]]:
+def run(number: int, lives: list[Life], folder: Path) -> bool:
+    """One job, as its agent. Whether all its lives went well."""
+    attachment = attach(f"incarnations-{os.getpid()}-{number}", "127.0.0.1", PluginConfig(node="n"))
+    try:
+        for life in lives:
             generation = attachment.open([attachment.inventory()], "")
             ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
             os.environ |= worker_environment(attachment, generation) | ranks
             child = os.fork()
             if not child:
-                live(life, Path(folder))
+                live(life, folder)
             if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
                 print(f"{life.__name__} ended with status {status}", file=sys.stderr)
-                break
-    attachment.leave(success=True)
-    sys.exit(status != 0)
+                return False
+        return True
+    finally:
+        attachment.leave(success=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        well = all(run(number, lives, Path(folder)) for number, lives in enumerate(jobs(sys.argv[1])))
+    sys.exit(not well)
 
 
 if __name__ == "__main__":
