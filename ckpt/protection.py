@@ -260,6 +260,9 @@ class Protection:
         atexit.unregister(self._at_exit)  # it would keep the model, and a mesh with its process groups, to the very end
         if link is None or not self._last_snapshot:
             return False
+        if self.restored is not None and self._last_snapshot == self.restored.step:
+            link.close()  # none was taken in this life: all nodes hold it already, or would not have agreed on it
+            return self.restored.source != "disk"
         try:
             return link.wait_committed(self._last_snapshot, int(timeout.total_seconds() * 1000))
         except OSError:

@@ -7,13 +7,15 @@
 Restored are model, optimizer, scheduler, every random generator, the position in the data and the Trainer's own
 progress (logs, best metric, the counters of callbacks such as early stopping). A step's snapshot begins when the next
 one begins, so after the evaluation, log and save that belong to it. Not promised: a batch that was in flight is
-collated anew, so a collator that draws random numbers draws others for that one batch.
+collated anew, so a collator that draws random numbers draws others for that one batch; and of several calls of train()
+in one process only the first is protected.
 
 `Trainer` reads its position before it calls any callback, so this wraps `Trainer._run_epoch` (transformers 5), once,
 for trainers that have this callback; it refuses a version without that method.
 """
 
 import functools
+import sys
 from typing import Any
 
 import transformers
@@ -39,12 +41,15 @@ class TrainerCallback(transformers.TrainerCallback):
         _install()
         self._every, self._save_frozen = every, save_frozen
         self._job: Protection | None = None
+        self._over = False
         self._random: dict[str, Any] | None = None
 
     # --- called by the wrapped Trainer._run_epoch ----------------------------------------------------------------
 
     def enter_epoch(self, trainer: Any, facts: dict[str, Any]) -> dict[str, Any] | None:
         """The arguments to run this epoch with; None if all of it has been trained before the restart."""
+        if self._over:
+            return facts
         if self._job is None:
             self._protect(trainer, facts["model"])
         assert self._job is not None
@@ -71,7 +76,13 @@ class TrainerCallback(transformers.TrainerCallback):
     # --- called by Trainer ---------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._job = self._random = None
+        if args.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size starts training anew in the same process, which cannot be protected"
+            )
+        if self._over and state.is_local_process_zero:
+            words = "refound: train() is called again in this process; only the first is protected"
+            print(words, file=sys.stderr, flush=True)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._random is not None:
@@ -83,7 +94,7 @@ class TrainerCallback(transformers.TrainerCallback):
         if self._job is not None:
             self._end_steps(state)
             self._job.close()
-            self._job = None
+            self._job, self._over = None, True
 
     def _end_steps(self, state: TrainerState) -> None:
         while self._job is not None and self._job.step < state.global_step:

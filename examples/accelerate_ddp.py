@@ -3,6 +3,9 @@
 
 torchrun --standalone --logs-specs=refound --nproc-per-node=2 --max-restarts=10 examples/accelerate_ddp.py
 
+A real job has data: protect a loader that has a state_dict (use_stateful_dataloader), or go on within an epoch with
+accelerate's skip_first_batches, by job.step.
+
 Do not launch it with `accelerate launch --cpu`: that runs one process. For FSDP2 on the CPU see fsdp2.py; accelerate
 runs DDP there whatever it is told, and refound says so.
 """

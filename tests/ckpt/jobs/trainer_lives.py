@@ -8,6 +8,8 @@ middle of an update, the second goes on to the end. All it logs and ends with mu
 import json
 import os
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def collate(rows: list[tuple[torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"x": x, "labels": x.flip(1)}
 
 
-def train(out: Path, callbacks: list[Any]) -> dict[str, Any]:
+def train(out: Path, callbacks: list[Any], *, again: bool = False) -> dict[str, Any]:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(16, 4))
     settings = transformers.TrainingArguments(
@@ -84,6 +86,9 @@ def train(out: Path, callbacks: list[Any]) -> dict[str, Any]:
         callbacks=[*callbacks, stopping],
     )
     trainer.train()
+    if again:
+        trainer.args.max_steps += 1
+        trainer.train()
     timings = ("runtime", "per_second")
     logged = trainer.state.log_history
     return {
@@ -121,7 +126,16 @@ def lives(every: int) -> list[Life]:
 
 def jobs() -> list[list[Life]]:
     """One goes on from the middle of an epoch, another from its end."""
-    return [[undisturbed], lives(3), lives(4)]
+    return [[undisturbed], lives(3), [*lives(4), again]]
+
+
+def again(folder: Path) -> None:
+    """The job is over: its state comes back, nothing is trained, and another train() is left alone, and said to be."""
+    callback = refound.TrainerCallback(every=4)
+    with redirect_stderr(StringIO()) as said:
+        found = train(folder / "every4", [callback], again=True)
+    assert "train() is called again in this process; only the first is protected" in said.getvalue()
+    assert found["history"][-1]["step"] == UPDATES + 1, found["history"]
 
 
 class Began(transformers.TrainerCallback):
