@@ -25,12 +25,16 @@ from .zero import ZeroState
 class Frozen:
     """One frozen parameter of this rank."""
 
-    tensor: torch.Tensor
-    """This rank's part."""
+    parameter: torch.Tensor
     checksum: int
     """CRC32C of its bytes, as snapshots hold it."""
     mark: int
     """What is cheap to compute where it lies."""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """This rank's part, where it is now."""
+        return local(self.parameter)
 
 
 class FrozenSet:
@@ -38,8 +42,9 @@ class FrozenSet:
 
     def __init__(self, objects: dict[str, Any]) -> None:
         self._frozen: dict[str, Frozen] = {}
-        for path, tensor in candidates(objects):
-            self._frozen[path] = Frozen(tensor=tensor, checksum=crc(tensor), mark=mark(tensor))
+        for path, parameter in candidates(objects):
+            tensor = local(parameter)
+            self._frozen[path] = Frozen(parameter=parameter, checksum=crc(tensor), mark=mark(tensor))
 
     def __len__(self) -> int:
         return len(self._frozen)
@@ -67,8 +72,8 @@ def parameters(objects: dict[str, Any]) -> Iterator[tuple[str, torch.nn.Paramete
 
 
 def candidates(objects: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """Every parameter without gradients: its path, and its local part."""
-    return [(path, local(parameter)) for path, parameter in parameters(objects) if not parameter.requires_grad]
+    """Every parameter without gradients, by its path."""
+    return [(path, parameter) for path, parameter in parameters(objects) if not parameter.requires_grad]
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
@@ -97,7 +102,7 @@ def word_sum(tensor: torch.Tensor) -> int:
 
 def size_hint(objects: dict[str, Any]) -> str:
     """What to say to a user whose model is mostly frozen and saved all the same, or nothing."""
-    frozen = sum(t.numel() * t.element_size() for _, t in candidates(objects))
+    frozen = sum(local(p).numel() * p.element_size() for _, p in candidates(objects))
     total = sum(local(p).numel() * p.element_size() for _, p in parameters(objects))
     if frozen < 1 << 28 or 2 * frozen < total:
         return ""
