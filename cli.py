@@ -6,6 +6,7 @@ What is heavy is imported inside the command that needs it: `--help`, `doctor` a
 
 import contextlib
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -134,6 +135,52 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
         click.echo(json.dumps(result.to_json()))
     if not result.bit_identical:
         sys.exit(DAMAGE)
+
+
+@main.command(short_help="Train through random faults, run after run; each must end with the same bits.")
+@click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="How many schedules.")
+@click.option("--seed", type=int, help="Of the first schedule; the others follow.  [default: drawn, and printed]")
+@click.option("--most", type=click.IntRange(1, 8), default=4, show_default=True, help="Faults in one run at most.")
+@click.option("--full", is_flag=True, help="SmolLM2-135M instead of the small model.")
+@click.option("--dry-run", is_flag=True, help="Only print the schedules, as commands that run them one by one.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/chaos"),
+    show_default=True,
+    help="Where the records and the logs go.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def chaos(runs: int, seed: int | None, most: int, full: bool, dry_run: bool, out: Path, as_json: bool) -> None:
+    """Train through random faults, run after run; each must end with the bits of the undisturbed run.
+
+    \b
+    Examples:
+      refound chaos                         ten schedules, about half a minute each
+      refound chaos --runs 100 --seed 7     a hundred; the same seed draws the same ones
+      refound chaos --dry-run               what would fall
+
+    Exit code 3 if bits differ in any run, 1 if a run failed or hung.
+    """
+    from .demo.chaos import ChaosConfig, run_campaign
+    from .demo.errors import DemoError
+
+    drawn = random.SystemRandom().randrange(1_000_000) if seed is None else seed
+    config = ChaosConfig(runs=runs, seed=drawn, most=most, full=full, out=out)
+    click.echo(f"{runs} runs, seeds {drawn} to {drawn + runs - 1}", err=True)
+    if dry_run:
+        for schedule in config.plan():
+            click.echo(schedule.command())
+        return
+    try:
+        campaign = run_campaign(config)
+    except DemoError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(campaign.summary(), err=as_json)
+    if as_json:
+        click.echo(json.dumps(campaign.to_json()))
+    if campaign.identical < runs:
+        sys.exit(FAILED if campaign.failed else DAMAGE)
 
 
 @main.command(short_help="Is this machine fit, and what to do if not.")

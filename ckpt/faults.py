@@ -20,6 +20,7 @@ from typing import Any
 TARGETS = ("rank", "node", "agent", "smp")
 ACTIONS = ("kill", "stop")
 DEFAULT_STOP_MS = 2000
+_STOP_SHARE = 0.2
 EXAMPLE = "node=1 step=7 kill"
 
 
@@ -117,9 +118,10 @@ def check_schedule(faults: Iterable[Fault], *, nodes: int, ranks: int, steps: in
 
 
 def random_schedule(seed: int, nodes: int, ranks: int, steps: int, count: int) -> tuple[Fault, ...]:
-    """`count` kills at different steps of a job of `steps` steps, in order; the same seed gives the same.
+    """`count` faults at different steps of a job of `steps` steps, in order; the same seed gives the same.
 
-    Each falls up to 400 ms after its step, so that over many seeds they hit copy, exchange and commit.
+    Each falls up to 400 ms after its step, so that over many seeds they hit copy, exchange and commit. Four of five are
+    kills; the others stop their target for up to two seconds.
 
     Raises:
         ValueError: if there are not `count` steps between the first and the last.
@@ -131,7 +133,9 @@ def random_schedule(seed: int, nodes: int, ranks: int, steps: int, count: int) -
     for step in sorted(rng.sample(range(1, steps - 1), count)):
         target = rng.choice(TARGETS)
         index = rng.randrange(ranks if target == "rank" else nodes)
-        faults.append(Fault(target=target, index=index, step=step, after_ms=rng.randrange(400)))
+        after_ms, stops = rng.randrange(400), rng.random() < _STOP_SHARE
+        action, for_ms = ("stop", rng.randint(200, DEFAULT_STOP_MS)) if stops else ("kill", 0)
+        faults.append(Fault(target=target, index=index, step=step, action=action, after_ms=after_ms, for_ms=for_ms))
     return tuple(faults)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from .buckets import BUCKETS
 from .collect import RNG, Collector, Leaf, set_random_state, spec_of
 from .errors import LayoutMismatchError
 from .frozen import crc, local, parameters
@@ -35,6 +36,10 @@ class Loader:
                     shards[other] = Shard(shard_of(other))
             self._parts[number] = [shards[other].part(region.ranks) for other in region.ranks]
 
+    def described(self, name: str) -> Json:
+        """What the snapshot says under a name, as data; None if nothing."""
+        return self._shard.objects.get(name)
+
     def load(self, objects: dict[str, Any], collector: Collector) -> None:
         """Put everything back. Raises LayoutMismatchError, before anything is changed, if it does not fit."""
         self._check(objects, collector)
@@ -56,7 +61,7 @@ class Loader:
     # --- fits? -------------------------------------------------------------------------------------------------
 
     def _check(self, objects: dict[str, Any], collector: Collector) -> None:
-        saved, now = set(self._shard.objects) - {RNG}, set(objects)
+        saved, now = set(self._shard.objects) - {RNG, BUCKETS}, set(objects)
         problems = [f"the snapshot holds {name!r}, which is not protected now" for name in sorted(saved - now)]
         problems += [f"{name!r} is protected now and not in the snapshot" for name in sorted(now - saved)]
         slots = {slot.path: slot for slot in self._shard.slots if not _is_extra(slot.path)}

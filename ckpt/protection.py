@@ -23,9 +23,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from ..erasure import checksum
+from .buckets import BUCKETS, Buckets
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
 from .errors import ConfigError, SnapshotError, WorldSizeError
@@ -37,6 +37,7 @@ from .wrappers import optimizers_of, unlike_asked, unwrap
 from .zero import ZeroState
 
 _EXIT_WAIT = timedelta(seconds=30)
+_UNSETTLED_SNAPSHOTS = 10  # skipped at most, while gradient buckets are not laid out for good
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ class Protection:
         self._idle = threading.Event()
         self._idle.set()
         self._failure: Exception | None = None
-        self._last_snapshot = 0
+        self._last_snapshot = self._skipped = 0
         self._link: Link | None = None
         self._rank = place.rank if place else 0
         self._frozen = None if save_frozen or place is None else FrozenSet(objects)
@@ -124,9 +125,9 @@ class Protection:
         self._copier = Copier(_device_of(objects))
         if place is not None:
             self._link = Link(place)
+            self._buckets = Buckets(objects)
             self._restore(self._link)
             if place.rank == 0:
-                _say_what_ddp_does(objects, place.world_size)
                 for words in [*unlike_asked(objects, place.world_size), size_hint(objects) if save_frozen else ""]:
                     if words:
                         print(f"refound: {words}", file=sys.stderr, flush=True)
@@ -149,7 +150,10 @@ class Protection:
                 f"{link.place.world_size}. It is kept: bring the job back with {facts['world_size']} ranks, or start "
                 "anew with another --rdzv-id"
             )
-        Loader(link.shard, self._rank).load(self._objects, self._collector)
+        loader = Loader(link.shard, self._rank)
+        loader.load(self._objects, self._collector)
+        for problem in self._buckets.restore(loader.described(BUCKETS)):
+            self._say_of_buckets(problem)
         if self._frozen is not None:
             self._frozen.thaw(self._frozen.changed())  # what the script cannot make is in the snapshots
         self.step = self._last_snapshot = facts["step"]
@@ -166,12 +170,13 @@ class Protection:
         """Count a step as done and, every N steps, begin its snapshot. Call it after `optimizer.step()`.
 
         Returns before the copy is finished: it goes on beside the next forward and backward. Until the next
-        `optimizer.step()` the parameters and optimizer state must not be changed by anything else.
+        `optimizer.step()` the parameters and optimizer state must not be changed by anything else. The first two or
+        three steps of a job on DDP have no snapshot (see `buckets.py`).
 
         Raises SnapshotMemoryError, UnsupportedStateError or DamageError when protection is not possible.
         """
         self.step += 1
-        if self._link is None or self.step % self._every:
+        if self._link is None or not self._is_due():
             return
         started = time.monotonic()
         self._wait()
@@ -181,8 +186,28 @@ class Protection:
             self._wait()  # without an optimizer to hook into, nobody could say when the state changes
         self.stall_ms += (time.monotonic() - started) * 1000
 
+    def _is_due(self) -> bool:
+        settled = self._buckets.learn() or self._skipped >= _UNSETTLED_SNAPSHOTS  # torch logs by iteration: look at all
+        if self.step % self._every or settled:
+            return self.step % self._every == 0
+        self._skipped += 1
+        if self._skipped == _UNSETTLED_SNAPSHOTS:
+            self._say_of_buckets("torch did not say how the buckets lie")
+        return False
+
+    def _say_of_buckets(self, problem: str) -> None:
+        if self._rank == 0:
+            print(
+                f"refound: {problem}, so the first step after a restart may sum gradients in another order and differ "
+                "in last bits; DistributedDataParallel(find_unused_parameters=True) never lays them out anew",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _begin(self, link: Link) -> None:
         state = self._collector.collect()
+        if layouts := self._buckets.state():
+            state.objects[BUCKETS] = layouts
         objects = json.dumps(state.objects, separators=(",", ":")).encode()
         seen = signature(state)
         header = self._plan.header(objects) if self._plan and seen == self._signature else None
@@ -299,18 +324,6 @@ class _Copy:
     """A leaf that could not wait: its bytes as they were."""
 
     tensor: torch.Tensor
-
-
-def _say_what_ddp_does(objects: dict[str, Any], world_size: int) -> None:
-    """DDP lays its gradient buckets out anew after the first step of a process, so that step sums in another order."""
-    wrapped = [value for value in objects.values() if isinstance(value, DistributedDataParallel)]
-    if world_size > 2 and any(not module.find_unused_parameters for module in wrapped):
-        print(
-            "refound: DistributedDataParallel sums gradients in another order in the first step after a restart, which "
-            "with 3 ranks or more changes last bits; for the very same bits give it find_unused_parameters=True",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def _replica_checks(plan: Plan, leaves: list[Any]) -> dict[str, int]:

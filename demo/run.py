@@ -25,7 +25,7 @@ from .report import render
 from .result import DemoResult, report_of
 from .supervise import RunOutcome, Supervisor
 
-__all__ = ["DemoConfig", "DemoResult", "check_memory", "run_demo"]
+__all__ = ["DemoConfig", "DemoResult", "check_memory", "run_demo", "run_once", "stage"]
 
 PATIENCE = timedelta(minutes=5)
 # Measured: a worker holds 2.1 GB (tiny: 0.5) and its node's snapshot process 1.6 GB (0.2), agents included.
@@ -43,14 +43,10 @@ def run_demo(config: DemoConfig) -> DemoResult:
         DemoError: if something is missing, or a run fails or hangs; the message says where the logs are.
     """
     faults = config.schedule()
-    check_memory(config, available_bytes())
     progress = Progress(sys.stderr)
-    with _ending_in_order(), _only_one(config.out):
-        progress.say(f"preparing the model and the text ({'tiny' if config.tiny else 'SmolLM2-135M'})")
-        model = model_directory(tiny=config.tiny)
-        corpus_directory(model, tiny=config.tiny)
-        reference = _run(config, "reference", (), progress)
-        faulted = _run(config, "faulted", faults, progress)
+    with stage(config, progress):
+        reference = run_once(config, "reference", (), progress)
+        faulted = run_once(config, "faulted", faults, progress)
         progress.close()
     result = DemoResult(
         config=config,
@@ -68,6 +64,20 @@ def run_demo(config: DemoConfig) -> DemoResult:
     return result
 
 
+@contextmanager
+def stage(config: DemoConfig, progress: Progress) -> Iterator[None]:
+    """All that runs in `config.out` need; whatever ends them, nothing that they started is left running.
+
+    Raises:
+        DemoError: if memory, a package or the directory is missing, or another demo is running there.
+    """
+    check_memory(config, available_bytes())
+    with _ending_in_order(), _only_one(config.out):
+        progress.say(f"preparing the model and the text ({'tiny' if config.tiny else 'SmolLM2-135M'})")
+        corpus_directory(model_directory(tiny=config.tiny), tiny=config.tiny)
+        yield
+
+
 def check_memory(config: DemoConfig, available: int | None) -> None:
     """Refuses a demo that would fill the memory: the kernel would kill whatever it likes then.
 
@@ -82,7 +92,8 @@ def check_memory(config: DemoConfig, available: int | None) -> None:
         )
 
 
-def _run(config: DemoConfig, name: str, faults: Sequence[Fault], progress: Progress) -> RunOutcome:
+def run_once(config: DemoConfig, name: str, faults: Sequence[Fault], progress: Progress) -> RunOutcome:
+    """One run through `faults`, recorded in `config.out / name`. Raises RunFailedError if it fails or hangs."""
     directory = (config.out / name).absolute()
     _clear(directory, config.nodes)
     script = ["-m", "refound.demo.train", "--device=cpu", f"--out={directory}", f"--steps={config.target_steps}"]

@@ -17,16 +17,14 @@ from typing import Any
 import refound
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from common import BATCH, Report, batch, device, loss_of, network, options
 
 
 def accelerator(zero: int) -> Accelerator:
     on_cpu = device().type == "cpu"
     if not zero:
-        # as in ddp.py: without it, DDP changes last bits in the first step after a restart
-        settings = DistributedDataParallelKwargs(find_unused_parameters=True)
-        return Accelerator(cpu=on_cpu, kwargs_handlers=[settings])
+        return Accelerator(cpu=on_cpu)
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # nothing to compile on the CPU

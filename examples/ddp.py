@@ -15,9 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def main(arguments: Sequence[str] | None = None, report: Report = print) -> None:
     args, device = options(arguments), start()
-    # find_unused_parameters keeps DDP from laying its gradient buckets out anew after a process's first step, which
-    # with three ranks or more changes last bits after a restart.
-    model = DistributedDataParallel(network().to(device), find_unused_parameters=True)
+    model = DistributedDataParallel(network().to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(1 + dist.get_rank())  # from here on each rank draws batches of its own
 

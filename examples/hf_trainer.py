@@ -67,7 +67,6 @@ def main(arguments: Sequence[str] | None = None, report: Report = print) -> None
             learning_rate=1e-2,
             use_cpu=on_cpu,  # without it every process trains alone on the CPU
             ddp_backend="gloo" if on_cpu else None,
-            ddp_find_unused_parameters=True,  # as in ddp.py
             deepspeed=deepspeed_config(chosen.zero),
         )
         callbacks = [refound.TrainerCallback(every=args.every), Losses(report)]

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None, report: Report = print) -> None
     args, device = options(arguments), start()
     base = network().to(device)  # in a real job from_pretrained(…): the same bits in every start
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["up", "down"], lora_dropout=0.1))  # type: ignore[arg-type]
-    model = DistributedDataParallel(adapted, find_unused_parameters=True)
+    model = DistributedDataParallel(adapted)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     torch.manual_seed(1 + dist.get_rank())
 

@@ -91,7 +91,8 @@ def test_random_schedules_are_repeatable_ordered_and_within_the_job():
         check_schedule(schedule, nodes=3, ranks=6, steps=12)
         steps = [fault.step for fault in schedule]
         assert steps == sorted(set(steps))
-    assert {fault.target for schedule in schedules for fault in schedule} == set(TARGETS)
+    drawn = {(fault.target, fault.action) for schedule in schedules for fault in schedule}
+    assert drawn == {(target, action) for target in TARGETS for action in ACTIONS}
 
 
 def test_random_schedule_refuses_more_faults_than_steps():

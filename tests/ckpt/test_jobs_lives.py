@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from refound.ckpt.client import find_nodes, stop_job
 
-from .harness import PATIENCE_S, SCRIPT, STEPS, Job, eventually, send
+from .harness import PATIENCE_S, SCRIPT, STEPS, Job, eventually, read_records, send
 
 
 def plain_words(job: Job, node: int) -> str:
@@ -27,6 +27,24 @@ def test_one_node_without_a_rendezvous_backend(tmp_path: Path) -> None:
         generation = job.strike(job.worker_pids())
         assert job.wait_back(generation) == 3
         assert job.sources() == ["memory"] * 2
+        job.finish()
+
+
+def test_ddp_as_it_comes_goes_on_with_the_same_last_bits(tmp_path: Path) -> None:
+    """Three ranks sum gradients in the order of DDP's buckets, which a new process lays out otherwise at first."""
+    with Job(tmp_path, kind="ddp-buckets", steps=12) as job:
+        job.start()
+        job.allow(2)
+        job.wait(
+            lambda: all((read_records(job.out, rank) or [{}])[-1].get("step") == 2 for rank in range(3)),
+            "two steps are done",
+        )
+        assert set(job.committed().values()) == {0}, "no snapshot before the buckets are laid out"
+        job.train_to(4)
+        generation = job.strike(job.worker_pids(1))
+        assert job.wait_back(generation) == 4
+        job.train_to(6)
+        assert job.wait_back(job.lose_node(2)) == 6
         job.finish()
 
 

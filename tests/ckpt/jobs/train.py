@@ -78,9 +78,10 @@ def make_model(options: argparse.Namespace, world: int) -> torch.nn.Module:
         for layer in net.layers:
             fully_shard(layer, mesh=mesh)
         return fully_shard(net, mesh=mesh)
-    # Each rank keeps its own buffer, as its batches are its own. By default DDP lays its gradient buckets out anew
-    # after a process's first step, and with three ranks or more another layout sums in another order (README).
-    return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, find_unused_parameters=True)
+    # Each rank keeps its own buffer, as its batches are its own. Without `find_unused_parameters` DDP lays its gradient
+    # buckets out anew after a process's first step, and with three ranks or more another layout sums in another order.
+    keeps = {"find_unused_parameters": True} if options.kind == "ddp" else {"bucket_cap_mb": 0.01}
+    return torch.nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, **keeps)
 
 
 def digest(value: Any) -> str:
@@ -127,7 +128,7 @@ def gatekeeper(gate: Path | None) -> Callable[[int], None]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kind", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--kind", choices=("ddp", "ddp-buckets", "fsdp"), default="ddp")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--gate", type=Path)
     parser.add_argument("--width", type=int, default=WIDTH)
