@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face accelerate, with DDP, or with its DeepSpeed plugin by --zero=2 or 3: protect what it has prepared.
+"""Hugging Face accelerate: protect what it has prepared. DDP, or FSDP2 by --fsdp, or its DeepSpeed plugin by --zero=2.
 
-torchrun --standalone --logs-specs=refound --nproc-per-node=2 --max-restarts=10 examples/accelerate_ddp.py
+torchrun --standalone --logs-specs=refound --nproc-per-node=2 --max-restarts=10 examples/hf_accelerate.py
 
 A real job has data: protect a loader that has a state_dict (use_stateful_dataloader), or go on within an epoch with
 accelerate's skip_first_batches, by job.step.
 
-Do not launch it with `accelerate launch --cpu`: that runs one process. For FSDP2 on the CPU see fsdp2.py; accelerate
-runs DDP there whatever it is told, and refound says so.
+Do not launch it with `accelerate launch --cpu`: that runs one process.
 """
 
 import argparse
@@ -17,12 +16,23 @@ from typing import Any
 import refound
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from common import BATCH, Report, batch, device, loss_of, network, options
 
 
-def accelerator(zero: int) -> Accelerator:
+def accelerator(*, fsdp: bool, zero: int) -> Accelerator:
     on_cpu = device().type == "cpu"
+    # Without the backend's name, or cpu=True, accelerate runs every process alone on the CPU.
+    group = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
+    if fsdp:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+        made = Accelerator(fsdp_plugin=plugin, kwargs_handlers=group)
+        if on_cpu:  # where accelerate does no FSDP whatever it is told, and refound says so; by force it does
+            AcceleratorState._shared_state.update({"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin})
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        return made
     if not zero:
         return Accelerator(cpu=on_cpu)
     import deepspeed.ops
@@ -34,16 +44,15 @@ def accelerator(zero: int) -> Accelerator:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    # Without the backend's name, accelerate runs every process alone on the CPU.
-    group = [InitProcessGroupKwargs(backend="gloo")] if on_cpu else []
     return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=group)
 
 
 def main(arguments: Sequence[str] | None = None, report: Report = print) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0)
-    plugin, rest = parser.parse_known_args(arguments)
-    args, runner = options(rest), accelerator(plugin.zero)
+    parser.add_argument("--fsdp", action="store_true")
+    chosen, rest = parser.parse_known_args(arguments)
+    args, runner = options(rest), accelerator(fsdp=chosen.fsdp, zero=chosen.zero)
     torch.manual_seed(0)
     bare = network()
     first = torch.optim.AdamW(bare.parameters(), lr=1e-2)
