@@ -131,8 +131,8 @@ class ZeroState:
                 "end_step() was called in the middle of gradient accumulation: call it after the engine.step() that "
                 "ends a batch, as engine.is_gradient_accumulation_boundary() says before that step"
             )
-        module = engine.module
-        buffers = {name: buffer for name, buffer in module.named_buffers() if name in _persistent(module)}
+        kept = _persistent(engine.module)
+        buffers = {name: buffer for name, buffer in engine.module.named_buffers() if name in kept}
         return {
             "stage": self.stage,
             "masters": {name: self._masters[i][at : at + n].detach() for name, i, at, n in self._parts},
@@ -181,6 +181,7 @@ class ZeroState:
                 for flat, master in zip(zero.fp16_partitioned_groups_flat, self._masters, strict=True):
                     flat.data.copy_(master.data)
                 zero.checkpoint_event_epilogue()
+                zero.invalidate_secondary_tensor()  # hpZ's second copies
             else:
                 zero.update_lp_params()
         vars(zero.loss_scaler).update(state["scaler"])
