@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face Trainer: a callback, and nothing else. --zero=2 or 3 trains with DeepSpeed.
+"""Hugging Face Trainer: a callback, and nothing else. --zero=2 or 3 trains with DeepSpeed, --fsdp with FSDP2.
+
+On the CPU Trainer takes --fsdp without a word and trains with DDP; refound says so.
 
 torchrun --standalone --logs-specs=refound --nproc-per-node=2 --max-restarts=10 examples/hf_trainer.py
 """
@@ -49,6 +51,7 @@ def deepspeed_config(stage: int) -> dict[str, Any] | None:
 def main(arguments: Sequence[str] | None = None, report: Report = print) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0)
+    parser.add_argument("--fsdp", action="store_true")
     chosen, rest = parser.parse_known_args(arguments)
     args, on_cpu = options(rest), device().type == "cpu"
     torch.manual_seed(0)
@@ -68,6 +71,7 @@ def main(arguments: Sequence[str] | None = None, report: Report = print) -> None
             use_cpu=on_cpu,  # without it every process trains alone on the CPU
             ddp_backend="gloo" if on_cpu else None,
             deepspeed=deepspeed_config(chosen.zero),
+            fsdp=chosen.fsdp or None,  # pyright: ignore[reportArgumentType]
         )
         callbacks = [refound.TrainerCallback(every=args.every), Losses(report)]
         Trainer(model, settings, train_dataset=data, data_collator=collate, callbacks=callbacks).train()

@@ -29,6 +29,8 @@ class Way:
     arguments: tuple[str, ...] = ()
     snapshot: int = SNAPSHOT
     """The number of the snapshot after step SNAPSHOT."""
+    said: str = ""
+    """What refound must say in every start."""
 
 
 WAYS = {
@@ -52,6 +54,11 @@ MORE_WAYS = {
     "accelerate-fsdp2": Way(example="hf_accelerate", arguments=("--fsdp",)),
     "accelerate-zero2": Way(example="hf_accelerate", arguments=("--zero=2",)),
     "accelerate-zero3": Way(example="hf_accelerate", arguments=("--zero=3",)),
+    "trainer-told-fsdp": Way(
+        example="hf_trainer",
+        arguments=("--fsdp",),
+        said="refound: accelerate was told to use FSDP and does not (it runs MULTI_CPU)",
+    ),
     "trainer-zero2": Way(example="hf_trainer", arguments=("--zero=2",)),
     "dcp-async-node-lost": Way(example="dcp_memory", nodes=2, arguments=("--asynchronous",), snapshot=1),
 }
@@ -99,6 +106,7 @@ def test_it_goes_on_with_the_same_bits(name: str, tmp_path: Path) -> None:
             if way.example != "dcp_memory":  # which is not told where its checkpoint came from
                 lost = way.nodes > 1 and rank >= job.world - way.workers
                 assert job.starts(rank)[-1]["source"] == ("parity" if lost else "memory")
+        assert not way.said or job.logs().count(way.said) == 2, job.logs()
         job.check_nothing_left()
 
 
