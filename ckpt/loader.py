@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 from .buckets import BUCKETS
 from .collect import RNG, Collector, Leaf, set_random_state, spec_of
 from .errors import LayoutMismatchError
+from .frozen import crc, local, parameters
 from .shard import Shard, Slot, pieces
-from .tree import Json, decode
+from .tree import ABSENT, Json, absent_tensors, decode
+from .zero import ZeroState
 
 _SHOWN = 5
 
@@ -24,6 +26,8 @@ class Loader:
     def __init__(self, shard_of: Callable[[int], np.ndarray], rank: int) -> None:
         self._shard = Shard(shard_of(rank))
         self._rank = rank
+        self._absent = absent_tensors(self._shard.objects)
+        self._live: dict[str, torch.Tensor] = {}
         self._parts: dict[int, list[tuple[int, np.ndarray]]] = {}
         shards = {rank: self._shard}
         for number, region in enumerate(self._shard.regions):
@@ -46,6 +50,10 @@ class Loader:
                 self._load_module(name, value, data)
             elif isinstance(value, torch.optim.Optimizer):
                 _load_optimizer(value, decode(data, lambda number: self._new_tensor(number, placements)))
+            elif isinstance(value, ZeroState):
+                value.load_state_dict(
+                    decode(data, lambda number: self._new_tensor(number, None), lambda facts: self._live[facts["path"]])
+                )
             else:
                 value.load_state_dict(decode(data, lambda number: self._new_tensor(number, placements)))
         set_random_state(decode(self._shard.objects[RNG], lambda number: self._new_tensor(number, placements)))
@@ -57,8 +65,15 @@ class Loader:
         problems = [f"the snapshot holds {name!r}, which is not protected now" for name in sorted(saved - now)]
         problems += [f"{name!r} is protected now and not in the snapshot" for name in sorted(now - saved)]
         slots = {slot.path: slot for slot in self._shard.slots if not _is_extra(slot.path)}
-        leaves = {leaf.path: leaf for leaf in collector.collect().leaves if not _is_extra(leaf.path)}
+        leaves = {leaf.path: leaf for leaf in collector.collect(whole=True).leaves if not _is_extra(leaf.path)}
+        self._live = {path: local(p) for path, p in parameters(objects) if path in self._absent}
+        for path, facts in self._absent.items():
+            leaves.pop(path, None)
+            problems += _compare_frozen(path, facts, self._live.get(path))
         modules = tuple(f"{name}/" for name, value in objects.items() if isinstance(value, torch.nn.Module))
+        for name, value in objects.items():
+            if isinstance(value, ZeroState):
+                modules += tuple(f"{name}/{part}/" for part in value.fixed)
         for path in sorted({p for p in slots if p.startswith(modules)} | {p for p in leaves if p.startswith(modules)}):
             problems += _compare(path, slots.get(path), leaves.get(path), slots)
         for name, value in objects.items():
@@ -88,14 +103,17 @@ class Loader:
         with torch.no_grad():
             target.copy_(torch.from_numpy(whole).view(target.dtype).reshape(target.shape))
 
-    def _new_tensor(self, number: int, placements: dict[str, DTensor]) -> torch.Tensor:
-        """A fresh tensor with a leaf's bytes, on the CPU or laid out like a live DTensor with the same spec."""
+    def _new_tensor(self, number: int, placements: dict[str, DTensor] | None) -> torch.Tensor:
+        """A fresh tensor with a leaf's bytes, on the CPU or laid out like a live DTensor with the same spec.
+
+        placements: None for the local part of what is no DTensor.
+        """
         slot = self._shard.slots[number]
-        like = placements.get(_spec_key(slot.spec)) if slot.spec else None
+        like = placements.get(_spec_key(slot.spec)) if slot.spec and placements is not None else None
         device = like.device if like is not None else torch.device("cpu")
         local = torch.empty(slot.shape, dtype=getattr(torch, slot.dtype), device=device)
         self._read_into(slot, local)
-        if slot.spec is None:
+        if slot.spec is None or placements is None:
             return local
         if like is None:
             raise LayoutMismatchError(f"{slot.path} was a DTensor on a mesh that no parameter has now")
@@ -118,7 +136,7 @@ class Loader:
                     tensor = live[key]
                     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                     self._read_into(self._shard.slots[item["$tensor"]], local)
-                else:
+                elif not (isinstance(item, dict) and ABSENT in item):
                     rest[key] = item
         if rest:  # get_extra_state() of some submodule
             extra = {key: decode(item, lambda number: self._new_tensor(number, {})) for key, item in rest.items()}
@@ -162,6 +180,19 @@ def _compare(path: str, slot: Slot | None, leaf: Leaf | None, slots: dict[str, S
         return []
     words = (f"{found[0]} {list(found[1])}", f"{needed[0]} {list(needed[1])}")
     return [f"{path} was {words[0]} and is {words[1]}" if words[0] != words[1] else f"{path} is sharded otherwise now"]
+
+
+def _compare_frozen(path: str, facts: dict[str, Any], live: torch.Tensor | None) -> list[str]:
+    """A frozen parameter that the snapshot does not hold must be the same in this start of the script."""
+    if live is None:
+        return [f"{path} is frozen in the snapshot and not in the job"]
+    found = (facts["dtype"], facts["shape"], facts["checksum"])
+    if found == (str(live.dtype).removeprefix("torch."), list(live.shape), crc(live)):
+        return []
+    return [
+        f"{path} does not train, was left out of the snapshot (save_frozen=False), and is not what it was: the script "
+        "must make it the same in every start"
+    ]
 
 
 def _compare_groups(name: str, optimizer: torch.optim.Optimizer, data: Json) -> list[str]:

@@ -29,10 +29,13 @@ from .buckets import BUCKETS, Buckets
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
 from .errors import ConfigError, SnapshotError, StaleWriterError, WorldSizeError
+from .frozen import FrozenSet, size_hint
 from .link import Link, Place
 from .loader import Loader
 from .shard import Plan, make_plan, signature
 from .tuning import STALL_BUDGET, interval_problems, make_interval
+from .wrappers import optimizers_of, unlike_asked, unwrap
+from .zero import ZeroState
 
 _EXIT_WAIT = timedelta(seconds=30)
 _UNSETTLED_SNAPSHOTS = 10  # skipped at most, while gradient buckets are not laid out for good
@@ -51,13 +54,23 @@ class Restored:
 
 
 def protect(
-    *, every: int | str = 1, stall_budget: float = STALL_BUDGET, replicas: bool = True, **objects: Any
+    *,
+    every: int | str = 1,
+    stall_budget: float = STALL_BUDGET,
+    replicas: bool = True,
+    save_frozen: bool = True,
+    **objects: Any,
 ) -> "Protection":
     """Protect named objects: models, optimizers, schedulers, samplers, anything with (load_)state_dict.
+
+    Models may be plain, DDP, made of DTensors (FSDP2, HSDP, tensor parallel), or a DeepSpeed engine, which brings its
+    optimizer along. What accelerate has prepared is taken as it is.
 
     every: steps between snapshots; "auto": as few as keep their stall within the budget, agreed by all ranks.
     stall_budget: share of training time that snapshots may hold up, for "auto".
     replicas: ranks that hold the same by construction (DDP, replicated DTensor dimensions) save a part each.
+    save_frozen: False leaves parameters without gradients out (see frozen.py): the script makes them the same in
+    every start, which is proven before anything is restored.
 
     Restores their state if the job has been running before. Without a refound agent (plain `python train.py`) it
     warns once and protects nothing.
@@ -71,6 +84,8 @@ def protect(
         if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)))
     ]
     problems += interval_problems(every, stall_budget)
+    if every == "auto" and not save_frozen:
+        problems.append("every='auto' and save_frozen=False do not go together yet: give every= a number")
     if not objects:
         problems.append("nothing to protect: name at least a model, as in protect(model=model)")
     if problems:
@@ -82,7 +97,9 @@ def protect(
             "--rdzv-backend=refound, or torchrun --standalone --logs-specs=refound",
             stacklevel=2,
         )
-    return Protection(objects, every=every, stall_budget=stall_budget, replicas=replicas, place=place)
+    return Protection(
+        objects, every=every, stall_budget=stall_budget, replicas=replicas, save_frozen=save_frozen, place=place
+    )
 
 
 class Protection:
@@ -96,6 +113,7 @@ class Protection:
         replicas: bool,
         place: Place | None,
         stall_budget: float = STALL_BUDGET,
+        save_frozen: bool = True,
     ) -> None:
         self.step = 0
         """Completed steps."""
@@ -103,6 +121,8 @@ class Protection:
         """What this process went on from; None at a job's start."""
         self.stall_ms = 0.0
         """How long the last snapshot held training up, its preparation included."""
+        if place is not None:
+            objects = unwrap(objects)
         self._objects = objects
         self._plan: Plan | None = None
         self._signature: tuple[Any, ...] = ()
@@ -114,13 +134,18 @@ class Protection:
         self._link: Link | None = None
         self._rank = place.rank if place else 0
         self._interval = make_interval(every, stall_budget, self._rank)
-        self._collector = Collector(objects, rank=self._rank, replicas=replicas)
+        self._frozen = None if save_frozen or place is None else FrozenSet(objects)
+        self._collector = Collector(objects, rank=self._rank, replicas=replicas, frozen=self._frozen)
         self._copier = Copier(_device_of(objects))
         if place is not None:
             self._link = Link(place)
             self._buckets = Buckets(objects)
             self._restore(self._link)
-            hooked = [o for o in objects.values() if isinstance(o, torch.optim.Optimizer)]
+            if place.rank == 0:
+                for words in [*unlike_asked(objects, place.world_size), size_hint(objects) if save_frozen else ""]:
+                    if words:
+                        print(f"refound: {words}", file=sys.stderr, flush=True)
+            hooked = optimizers_of(objects)
             for optimizer in hooked:
                 optimizer.register_step_pre_hook(self._before_optimizer_step)
             self._overlaps = bool(hooked)
@@ -143,6 +168,8 @@ class Protection:
         loader.load(self._objects, self._collector)
         for problem in self._buckets.restore(loader.described(BUCKETS)):
             self._say_of_buckets(problem)
+        if self._frozen is not None:
+            self._frozen.thaw(self._frozen.changed())  # what the script cannot make is in the snapshots
         self.step = self._last_snapshot = facts["step"]
         self.restored = Restored(
             step=self.step,
@@ -227,6 +254,16 @@ class Protection:
                     f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
                     "in optimizer.step(), or before end_step()"
                 )
+            if self._frozen is not None and (thawed := self._frozen.changed()):
+                link.abort()
+                self._frozen.thaw(thawed)
+                print(
+                    f"refound: {thawed[0]} changes although it requires no gradients ({len(thawed)} such); saved from "
+                    f"the next snapshot on, none is taken at step {job.step}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
             link.complete(job.step, sums, checks, self._interval.agreed(link, job.step))
             self._checked_replicas, self._last_snapshot = True, job.step
         except Exception as error:
@@ -267,7 +304,7 @@ class Protection:
         if link is None or not self._last_snapshot:
             return False
         try:
-            committed = link.wait_committed(self._last_snapshot, int(timeout.total_seconds() * 1000))
+            committed = self._is_committed(link, timeout)
             if committed:
                 link.finish()
             return committed
@@ -275,6 +312,12 @@ class Protection:
             return False
         finally:
             link.close()
+
+    def _is_committed(self, link: Link, timeout: timedelta) -> bool:
+        if self.restored is not None and self._last_snapshot == self.restored.step:
+            # None was taken in this life: all nodes hold it already, or would not have agreed on it.
+            return self.restored.source != "disk"
+        return link.wait_committed(self._last_snapshot, int(timeout.total_seconds() * 1000))
 
     def _at_exit(self) -> None:
         # A thread that is still copying when the interpreter goes away would crash it.
@@ -320,6 +363,8 @@ def _replica_checks(plan: Plan, leaves: list[Any]) -> dict[str, int]:
 
 def _device_of(objects: dict[str, Any]) -> torch.device:
     for value in objects.values():
+        if isinstance(value, ZeroState):
+            return value.device
         if isinstance(value, torch.nn.Module):
             for parameter in value.parameters():
                 return parameter.device

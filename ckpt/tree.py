@@ -17,17 +17,22 @@ from .errors import DamageError, UnsupportedStateError
 
 Json = Any
 _PLAIN = (bool, int, float, str, type(None))
+ABSENT = "$absent"
+"""Tags a tensor that the snapshot knows and does not hold."""
 
 
-def encode(value: Any, path: str, tensor: Callable[[str, torch.Tensor], int]) -> Json:
+def encode(value: Any, path: str, tensor: Callable[[str, torch.Tensor], Any]) -> Json:
     """`value` as JSON-able data. `tensor(path, t)` is called for every tensor and gives its number.
+
+    It may also give a dict, the facts of a tensor that is not held; `decode` hands them to `absent`.
 
     Raises UnsupportedStateError naming the path and type of what cannot be represented.
     """
     if type(value) in _PLAIN:
         return value
     if isinstance(value, torch.Tensor):
-        return {"$tensor": tensor(path, value)}
+        placed = tensor(path, value)
+        return {ABSENT: placed} if isinstance(placed, dict) else {"$tensor": placed}
     if isinstance(value, np.ndarray):
         # A subclass holds more than its values, and a record's fields are more than its bytes.
         if type(value) not in (np.ndarray, np.memmap) or value.dtype.hasobject or value.dtype.kind == "V":
@@ -58,7 +63,7 @@ _SEQUENCES: dict[type, str] = {
 _MAPPINGS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
 
 
-def _encode_mapping(value: dict[Any, Any], path: str, tensor: Callable[[str, torch.Tensor], int]) -> Json:
+def _encode_mapping(value: dict[Any, Any], path: str, tensor: Callable[[str, torch.Tensor], Any]) -> Json:
     name = _MAPPINGS.get(type(value), "$dict")
     pairs = [(key, encode(item, f"{path}/{key}", tensor)) for key, item in value.items()]
     if name == "$dict" and all(type(key) is str and not key.startswith("$") for key, _ in pairs):
@@ -89,28 +94,37 @@ def _unsupported(path: str, value: Any) -> UnsupportedStateError:
     )
 
 
-def decode(data: Json, tensor: Callable[[int], torch.Tensor]) -> Any:
-    """The inverse of `encode`; `tensor(number)` gives the tensors. Raises DamageError if the data is malformed."""
+def decode(
+    data: Json, tensor: Callable[[int], torch.Tensor], absent: Callable[[dict[str, Any]], torch.Tensor] | None = None
+) -> Any:
+    """The inverse of `encode`; `tensor(number)` gives the tensors, `absent(facts)` those that are not held.
+
+    Raises DamageError if the data is malformed, or a tensor is not held and `absent` is None.
+    """
     if isinstance(data, list):
-        return [decode(item, tensor) for item in data]
+        return [decode(item, tensor, absent) for item in data]
     if not isinstance(data, dict):
         return data
     tag = next((key for key in data if key.startswith("$")), None)
     if tag is None:
-        return {key: decode(item, tensor) for key, item in data.items()}
+        return {key: decode(item, tensor, absent) for key, item in data.items()}
     if tag == "$tensor":
         return tensor(data[tag])
+    if tag == ABSENT:
+        if not absent:
+            raise DamageError(f"{data[tag]['path']} is a frozen parameter, which this snapshot does not hold")
+        return absent(data[tag])
     if tag == "$array":
         raw = tensor(data[tag]).cpu().contiguous().numpy().view(np.dtype(data["dtype"]))
         return raw.reshape(data["shape"]).copy()
     if tag == "$deque":
-        return deque((decode(item, tensor) for item in data[tag]), maxlen=data["maxlen"])
+        return deque((decode(item, tensor, absent) for item in data[tag]), maxlen=data["maxlen"])
     for kind, name in _SEQUENCES.items():
         if tag == name:
-            return kind(decode(item, tensor) for item in data[tag])
+            return kind(decode(item, tensor, absent) for item in data[tag])
     for kind, name in _MAPPINGS.items():
         if tag == name:
-            return kind({decode(key, tensor): decode(item, tensor) for key, item in data[tag]})
+            return kind({decode(key, tensor, absent): decode(item, tensor, absent) for key, item in data[tag]})
     return _decode_scalar(tag, data)
 
 
@@ -153,3 +167,16 @@ def _walk(data: Json, note: Callable[[int], Any]) -> None:
                 note(item)
             else:
                 _walk(item, note)
+
+
+def absent_tensors(data: Json) -> dict[str, dict[str, Any]]:
+    """The facts of all tensors that `data` knows and does not hold, by their path; each has `path` too."""
+    if isinstance(data, list):
+        data = dict(enumerate(data))
+    found: dict[str, dict[str, Any]] = {}
+    if isinstance(data, dict):
+        if ABSENT in data:
+            return {data[ABSENT]["path"]: data[ABSENT]}
+        for item in data.values():
+            found |= absent_tensors(item)
+    return found

@@ -110,6 +110,7 @@ class Job:
     """More of `--rdzv-conf`."""
     max_restarts: int = 50
     standalone: bool = False
+    program: Path = SCRIPT
     script: Sequence[str] = ()
     """More arguments of the script."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -146,7 +147,7 @@ class Job:
         env = os.environ | _QUIET | {_MARK: self.name} | dict(self.environment) | dict(environment or {})
         with self._log(node).open("ab") as log:
             self._agents[node] = subprocess.Popen(
-                [*command, str(SCRIPT), *script],
+                [*command, str(self.program), *script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -274,9 +275,10 @@ class Job:
     def train_to(self, step: int) -> None:
         """Run to this step and wait until all nodes hold it, parity and all."""
         self.allow(step)
-        self.wait(lambda: self._rests_at(step), f"all nodes hold step {step}")
+        self.wait(lambda: self.rests_at(step), f"all nodes hold step {step}")
 
-    def _rests_at(self, step: int) -> bool:
+    def rests_at(self, step: int) -> bool:
+        """Whether all nodes hold this step and nothing is under way."""
         statuses = self.statuses()
         return len(statuses) == self.nodes and all(
             (status["committed"] or {}).get("step") == step and status["phase"] == "idle"
