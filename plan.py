@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .ckpt.errors import ConfigError
 from .ckpt.plan_check import Comparison, check_plan
 from .ckpt.planning import CostPlan, Planned, make_cost_plan
 from .ckpt.simulation import Simulated, simulate
@@ -14,6 +15,7 @@ from .text import columns, duration_text
 
 _DRAWN_SETS = 20_000
 _DRAWN_RUNS = 200
+_MOST_INTERRUPTIONS = 2e6
 _HEAD = (
     "code (k, m)",
     "memory",
@@ -46,7 +48,13 @@ class Report:
 
 
 def make_report(request: Request, *, check: bool, simulated: bool, runs: int, seed: int) -> Report:
-    """Plan, and draw what is to be drawn."""
+    """Plan, and draw what is to be drawn. Raises ConfigError for a simulation that would not end today."""
+    interruptions = request.job.run_s / request.job.mtbf_s
+    if simulated and interruptions * runs > _MOST_INTERRUPTIONS:
+        raise ConfigError(
+            f"--simulate: {runs} runs with {interruptions:,.0f} interruptions each take too long; shorten --run-days "
+            "or take fewer --runs"
+        )
     plan = make_cost_plan(request.job)
     return Report(
         request=request,

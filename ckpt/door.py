@@ -29,6 +29,7 @@ from .wire import MAX_COUNT, Message
 
 Reply = tuple[Message, bytes, list[int]]
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
+_LOOK_AGAIN = timedelta(seconds=1)
 
 
 class Door:
@@ -204,16 +205,25 @@ class Door:
             if snapshot := keeper.finish(worker):
                 self._finished(snapshot)
         elif op == "interval":
-            keeper.wait_committed(worker, _count(message, "step"), timedelta(milliseconds=_LONGEST_WAIT_MS))
-            with keeper.changed:
-                keeper.check_open(worker.generation)
-                return keeper.tuning.decision(_snapshot(worker, message)), b"", []
+            return self._interval(worker, message), b"", []
         elif op == "wait":
             wait = timedelta(milliseconds=min(_count(message, "timeout_ms"), _LONGEST_WAIT_MS))
             return {"committed": keeper.wait_committed(worker, _count(message, "step"), wait)}, b"", []
         else:
             raise ProtocolError(f"unknown request {op!r}")
         return {}, b"", []
+
+    def _interval(self, worker: fence.Worker, message: Message) -> Message:
+        """What the commit of a step says of the next ones, once there is one. Raises what keeps it from coming."""
+        keeper, step = self._keeper, _count(message, "step")
+        while not keeper.wait_committed(worker, step, _LOOK_AGAIN):
+            with keeper.changed:
+                keeper.check_open(worker.generation)
+                if keeper.trouble:
+                    raise keeper.trouble
+        with keeper.changed:
+            keeper.check_open(worker.generation)
+            return keeper.tuning.decision(_snapshot(worker, message))
 
     def _slot(self, caller: "_Caller", segment: Segment) -> Reply:
         """Name the slot, with its descriptor the first time this worker gets it, and the slots that are no more."""

@@ -26,7 +26,7 @@ class EventLog:
         self._changed = threading.Condition()
         self._waiting: deque[dict[str, Any]] = deque()
         self._lost = 0
-        self._closing = self._idle = False
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="event log", daemon=True)
         self._thread.start()
 

@@ -21,6 +21,7 @@ import numpy as np
 from . import fence
 from .agreement import Decision, HeldView, SnapshotId
 from .conf import PluginConfig
+from .costs import code_cost
 from .errors import DamageError, ProtocolError, SnapshotError, SnapshotMemoryError, StaleWriterError
 from .fence import Worker
 from .held import Held, Record, ShardRecord
@@ -256,10 +257,11 @@ class Keeper:
     def _check_memory(self, worker: Worker, size_bytes: int, slots: int) -> None:
         assert self.decision is not None
         group = next(g for g in self.decision.groups if self.position in g.members)
-        parity = _SLOTS * size_bytes * group.m // group.k if slots == _SLOTS else 0
+        whole = code_cost((group,), size_bytes).memory_bytes  # as `refound plan` says it
+        parity = int(whole) - _SLOTS * size_bytes if slots == _SLOTS else 0
         need, room = slots * size_bytes + parity, available_bytes()
         if need > room:
-            fits = int(room * group.k / (_SLOTS * (group.k + group.m)))
+            fits = int(room * size_bytes / whole)
             raise SnapshotMemoryError(
                 f"rank {worker.rank}'s state is {format_bytes(size_bytes)}: {slots} slots and their parity "
                 f"(k={group.k}, m={group.m}) need {format_bytes(need)} and node {self.node!r} has "

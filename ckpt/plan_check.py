@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass
 
 from .planning import CostPlan, Planned
-from .survival import sample_runs, sample_survival
+from .survival import run_survival, sample_runs, sample_survival
 
 _SIGMAS = 4.0
+_MOST_LOSSES = 2000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,12 @@ def _runs(plan: CostPlan, planned: Planned, runs: int, seed: int) -> list[Compar
     """Falls in a run; and no fall at all, for which the closed form is a lower bound."""
     job, scheme = plan.job, planned.scheme
     rate = job.faults.node_losses_per_s
-    sampled = sample_runs(scheme.groups, rate, scheme.repair_s, job.run_s, runs=runs, seed=seed)
-    falls, whole = planned.falls_per_s * job.run_s, planned.run_survival
+    # A run with very many losses is drawn as far as it tells anything.
+    is_whole = rate * job.nodes * job.run_s <= _MOST_LOSSES
+    run_s = job.run_s if is_whole else _MOST_LOSSES / rate / job.nodes
+    sampled = sample_runs(scheme.groups, rate, scheme.repair_s, run_s, runs=runs, seed=seed)
+    falls = planned.falls_per_s * run_s
+    whole = planned.run_survival if is_whole else run_survival(planned.falls_per_s, run_s)
     # Above the bound is as it should be: only what is below it is compared.
     least = min(sampled.survived_share, whole)
     return [

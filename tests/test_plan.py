@@ -87,6 +87,9 @@ def test_all_mistakes_at_once() -> None:
     done = plan(*SMALL, "--k", "3", "--m", "4")
     assert done.exit_code == 2
     assert "what fits: " in done.stderr
+    done = plan("--nodes", "16", "--params", "7B", "--mtbf-hours", "1s", "--simulate", "job")
+    assert done.exit_code == 2
+    assert "shorten --run-days" in done.stderr
     done = plan(*SMALL, "--state-gb", "5")
     assert "give one of them" in done.stderr
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from refound.ckpt import keeper as keeper_module
 from refound.ckpt.costs import code_cost
+from refound.ckpt.errors import SnapshotMemoryError
 from refound.ckpt.stripes import BUCKET_BYTES, choose_groups
 
 from .cluster import Cluster, wait_for
@@ -56,6 +58,24 @@ def test_memory_is_what_snapshot_processes_hold(cluster: Cluster) -> None:
     for node, held in zip(cluster.nodes, pinned, strict=True):
         assert held is not None
         node.keeper.unpin(held)
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (2, 2), (2, 1)])
+def test_a_node_refuses_what_the_plan_says_does_not_fit(monkeypatch: pytest.MonkeyPatch, k: int, m: int) -> None:
+    """By one byte; with one more it is taken."""
+    cluster = Cluster(k, m, [[2 * k]] * (k + m))
+    size_bytes = 2 * k * BUCKET_BYTES
+    need = int(code_cost(choose_groups(k + m, k, m), size_bytes).memory_bytes)
+    try:
+        cluster.open()
+        worker, keeper = cluster.writer(0, 0).worker(), cluster.nodes[0].keeper
+        monkeypatch.setattr(keeper_module, "available_bytes", lambda: need - 1)
+        with pytest.raises(SnapshotMemoryError):
+            keeper.begin(worker, 1, size_bytes)
+        monkeypatch.setattr(keeper_module, "available_bytes", lambda: need)
+        assert keeper.begin(worker, 1, size_bytes).size_bytes == size_bytes
+    finally:
+        cluster.end()
 
 
 def test_memory_of_one_node_without_parity() -> None:

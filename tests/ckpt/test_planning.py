@@ -122,7 +122,7 @@ def test_goodput_is_what_runs_show() -> None:
 
 def test_the_check_agrees_and_finds_what_is_wrong() -> None:
     """Survival of (1, 1) after two losses is 98.4%: said to be 97%, or with falls twice as many, it must not pass."""
-    plan = make_cost_plan(job(nodes=16, mtbf_s=1800.0))
+    plan = make_cost_plan(job(nodes=16, mtbf_s=1800.0, run_s=3 * 86400.0))
     assert all(each.agrees for each in check_plan(plan, trials=20_000, runs=200, seed=3))
     mirror = named(plan, "(1, 1)")
     wrong = {
@@ -133,6 +133,14 @@ def test_the_check_agrees_and_finds_what_is_wrong() -> None:
     for what, planned in wrong.items():
         found = check_plan(replace(plan, schemes=(planned,)), trials=20_000, runs=200, seed=3)
         assert [each.what for each in found if not each.agrees] == [what]
+
+
+def test_a_run_of_very_many_losses_is_checked_on_a_part_of_it() -> None:
+    plan = make_cost_plan(job(nodes=16, mtbf_s=60.0, run_s=90 * 86400.0))  # 97,200 node losses
+    mirror = named(plan, "(1, 1)")
+    assert all(each.agrees for each in check_plan(replace(plan, schemes=(mirror,)), trials=2000, runs=20, seed=3))
+    wrong = replace(mirror, falls_per_s=1.5 * mirror.falls_per_s)
+    assert not all(each.agrees for each in check_plan(replace(plan, schemes=(wrong,)), trials=2000, runs=20, seed=3))
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:

@@ -200,6 +200,14 @@ def test_names_that_need_escaping_and_values_that_are_not_known() -> None:
     assert list(found["refound_generation"]) == ['job="my \\"job\\"\\\\",node="a\\nb"']
 
 
+def test_every_metric_is_documented_and_no_other(root: Path) -> None:
+    keeper = Keeper(job="j", node="n", conf=PluginConfig())
+    status = {**keeper.status(), "agent_pid": 1, "snapshots": 1, "every": 2, "stall_ms": 1.0, "step_ms": 1.0}
+    status |= {"committed": {"step": 1, "age_s": 0.5}, "checkpoint": {"step": 1}}
+    documented = set(re.findall(r"`(refound_\w+)`", (root / "docs/metrics.md").read_text()))
+    assert set(samples(render(status))) == documented
+
+
 # --- the log ---------------------------------------------------------------------------------------------------------
 
 

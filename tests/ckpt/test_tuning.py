@@ -20,7 +20,7 @@ from refound.ckpt.agreement import SnapshotId
 from refound.ckpt.attach import Attachment, attach
 from refound.ckpt.client import Client, find_nodes, stop_job
 from refound.ckpt.conf import PluginConfig
-from refound.ckpt.errors import ConfigError, ProtocolError
+from refound.ckpt.errors import ConfigError, DamageError, ProtocolError
 from refound.ckpt.held import bucket_checksums
 from refound.ckpt.link import Link, Place
 from refound.ckpt.protection import Protection, protect
@@ -234,6 +234,22 @@ def test_all_ranks_take_their_snapshots_after_the_same_steps(job: str) -> None:
     again, _ = trained(opened(job, attachments), range(taken[-1] + 1, taken[-1] + 40))
     assert again[:2] == [taken[-1] + 1, taken[-1] + 2]
     assert len(again) < 39
+    for attachment in attachments:
+        attachment.leave(success=True)
+
+
+def test_who_waits_for_a_commit_that_cannot_come_is_told(job: str) -> None:
+    """Two ranks that should hold the same and do not: nothing is committed any more."""
+    attachments = attached(job, 2)
+    links = [Link(place) for place in opened(job, attachments)]
+    for rank, link in enumerate(links):
+        slot = link.begin(1, BUCKET_BYTES)
+        slot.array[:] = 1
+        link.complete(1, bucket_checksums(slot.array), {"0,1": rank})
+    with pytest.raises(DamageError, match="should hold the same"):
+        links[0].interval(1)  # the lead's
+    for link in links:
+        link.close()
     for attachment in attachments:
         attachment.leave(success=True)
 
