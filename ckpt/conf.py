@@ -48,6 +48,8 @@ class PluginConfig:
     """Complete checkpoints to keep; older ones are removed."""
     parity_rate_mb_s: float = 0.0
     """Ceiling on what one node pulls for parity, in MB/s. 0: none."""
+    scrub_mb_s: float = 50.0
+    """Rate at which a node checks the memory of its committed snapshot while the job trains, in MB/s. 0: not at all."""
 
 
 def parse(raw: Mapping[str, Any]) -> tuple[PluginConfig, dict[str, Any]]:
@@ -87,7 +89,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         problems.append("k must be at least 1 and m at least 0")
     problems += [
         f"{key} must not be negative"
-        for key in ("lease_s", "checkpoint_every_s", "checkpoint_every_steps", "parity_rate_mb_s")
+        for key in ("lease_s", "checkpoint_every_s", "checkpoint_every_steps", "parity_rate_mb_s", "scrub_mb_s")
         if not values.get(key, 0) >= 0
     ]
     if values.get("checkpoint_keep", 1) < 1:

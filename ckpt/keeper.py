@@ -67,6 +67,7 @@ class Keeper:
         self._completed_at: dict[SnapshotId, float] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._refusals = 0
+        self.scrub = {"passes": 0, "mended": 0, "failed": 0}
 
     # --- generations -------------------------------------------------------------------------------------------
 
@@ -465,6 +466,7 @@ class Keeper:
                 "last_commit_ms": round(self.last_commit_ms, 1),
                 "checkpoint": self.checkpoint,
                 "restored": self.restored,
+                "scrub": dict(self.scrub),
                 "lease_s": self.conf.lease_s,
                 "trouble": str(self.trouble) if self.trouble else None,
                 "events": list(self.events),

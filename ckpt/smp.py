@@ -29,6 +29,7 @@ from .paths import private_dir, socket_path
 from .rebuild import Rebuilder, Rebuilds
 from .recovery import Recovery
 from .restore import Restore
+from .scrub import Scrubber
 from .server import PeerServer
 from .wire import Message
 from .writer import CheckpointWriter
@@ -130,6 +131,7 @@ class Process:
         self._control = Control(self.keeper, decision, key, self._writer)
         self._control.start()
         Exchange(self.keeper, decision, key, self._control.prepared).start()
+        Scrubber(self.keeper, decision, key).start()
         if baseline:
             Recovery(self.keeper, decision, key, baseline).start()
 
