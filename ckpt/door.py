@@ -27,6 +27,7 @@ from .slots import Segment
 from .wire import MAX_COUNT, Message
 
 Reply = tuple[Message, bytes, list[int]]
+_LONGEST_REASON = 2000
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
 
 
@@ -180,6 +181,10 @@ class Door:
             segment, record = self._restore().shard(_count(message, "rank"))
             ranks, checksums = pack_record({_count(message, "rank"): record})
             return {"ranks": ranks}, checksums, [segment.read_only_fd()]
+        if op == "reject":
+            keeper.check_open(worker.generation)
+            self._restore().reject(str(message.get("reason"))[:_LONGEST_REASON])
+            return {}, b"", []
         if op == "begin":
             segment = keeper.begin(worker, _count(message, "step"), _count(message, "size_bytes"))
             return self._slot(caller, segment)

@@ -67,6 +67,8 @@ class Keeper:
         self._completed_at: dict[SnapshotId, float] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._refusals = 0
+        self.given_up: dict[SnapshotId, str] = {}
+        """Snapshots that could not be restored though their checksums hold, and why: never to be tried again."""
         self.scrub = {"passes": 0, "mended": 0, "failed": 0}
 
     # --- generations -------------------------------------------------------------------------------------------
@@ -435,6 +437,13 @@ class Keeper:
         with self.changed:
             self.events.append({"time": time.time(), "kind": kind, **details})
         print(f"refound: {kind} {details}", flush=True)
+
+    def give_up_on(self, snapshot: SnapshotId, reason: str) -> None:
+        """The next rendezvous passes this snapshot over, on all nodes."""
+        with self.changed:
+            known = self.given_up.setdefault(snapshot, reason) is not reason
+        if not known:
+            self.event("given up", snapshot=str(snapshot), error=reason)
 
     def refused(self, **details: Any) -> None:
         """Note a caller that was turned away: the 1st, 2nd, 4th, 8th…, so that no flood drowns the other events."""

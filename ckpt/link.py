@@ -78,6 +78,10 @@ class Link:
             raise DamageError(f"rank {rank}'s shard changed in memory after it was verified (buckets {bad[:4]})")
         return array
 
+    def reject(self, reason: str) -> None:
+        """What was restored is damaged in a way that no checksum shows: the next restart must not try it again."""
+        self._client.call({"op": "reject", "reason": reason})
+
     def begin(self, step: int, size_bytes: int) -> SlotMemory:
         """A slot for the snapshot of `step`."""
         reply, _, fds = self._client.call({"op": "begin", "step": step, "size_bytes": size_bytes})

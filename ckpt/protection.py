@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..erasure import checksum
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
-from .errors import ConfigError, SnapshotError, WorldSizeError
+from .errors import ConfigError, DamageError, SnapshotError, WorldSizeError
 from .link import Link, Place
 from .loader import Loader
 from .shard import Plan, make_plan, signature
@@ -127,7 +127,11 @@ class Protection:
                 f"{link.place.world_size}. It is kept: bring the job back with {facts['world_size']} ranks, or start "
                 "anew with another --rdzv-id"
             )
-        Loader(link.shard, self._rank).load(self._objects, self._collector)
+        try:
+            Loader(link.shard, self._rank).load(self._objects, self._collector)
+        except DamageError as error:
+            link.reject(str(error))  # else every restart would fail at this same step
+            raise
         self.step = self._last_snapshot = facts["step"]
         self.restored = Restored(
             step=self.step,

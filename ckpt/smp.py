@@ -119,6 +119,7 @@ class Process:
             secret_check="",
             held=tuple(held),
             checkpoints=tuple(checkpoints),
+            refused=tuple(sorted(keeper.given_up)),
         )
 
     def _open(self, views: list[NodeView], secret: str) -> None:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scrubber: bad memory found and mended from the other nodes while the generation goes on."""
+"""Bad memory found and mended while the generation goes on; and a step that cannot be restored, never tried twice."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from refound.ckpt.agreement import SnapshotId
+from refound.ckpt.errors import DamageError
+from refound.ckpt.held import bucket_checksums
 
 from .cluster import Cluster, Node, wait_for
 
@@ -123,3 +126,50 @@ def test_a_storm_of_bad_bits_during_snapshots_never_makes_a_false_one(clusters: 
     decision = cluster.open()
     assert decision.snapshot == snapshot
     cluster.check_data(snapshot)
+
+
+# --- never twice -----------------------------------------------------------------------------------------------
+
+
+def test_a_step_whose_parity_is_wrong_is_tried_once_and_the_next_tier_serves(
+    clusters: list[Cluster], tmp_path: Path
+) -> None:
+    """What no checksum shows: parity that was computed wrong. The data rebuilt from it fails its own checksum."""
+    conf = {"checkpoint_dir": str(tmp_path), "checkpoint_every_steps": 1, "checkpoint_every_s": 0.0, "scrub_mb_s": 0.0}
+    cluster = Cluster(2, 1, SHARDS[3], **conf)
+    clusters.append(cluster)
+    cluster.open()
+    snapshot = cluster.snapshot(1)
+    cluster.committed(snapshot)
+    lead = cluster.nodes[0].keeper
+    wait_for(lead, lambda: lead.checkpoint)
+    for node in cluster.nodes[:2]:  # a fault of arithmetic, not of memory: the checksums are those of the wrong bytes
+        held = node.held(snapshot)
+        held.parity[0].array[:] ^= 1
+        held.parity_checksums[0] = bucket_checksums(held.parity[0].array)
+    cluster.replace(2)
+    assert cluster.open().snapshot == snapshot
+    newcomer = cluster.nodes[2].keeper
+    wait_for(newcomer, lambda: newcomer.trouble)
+    assert isinstance(newcomer.trouble, DamageError) and list(newcomer.given_up) == [snapshot]
+    decision = cluster.open()
+    assert (decision.source, decision.snapshot) == ("disk", snapshot)
+    assert "was tried and could not be restored" in decision.notes[0]
+    cluster.check_data(snapshot)
+    # And never again, however often the nodes meet.
+    assert cluster.open().source == "disk"
+
+
+def test_a_snapshot_that_a_worker_cannot_use_is_passed_over(clusters: list[Cluster]) -> None:
+    cluster, snapshot = scrubbing(clusters, 1)
+    assert cluster.open().snapshot == snapshot
+    restore = cluster.nodes[1].process._current_restore()
+    restore.reject("its description holds an unknown tag")
+    restore.reject("said twice")
+    events = [event for event in cluster.nodes[1].keeper.events if event["kind"] == "given up"]
+    assert [event["error"] for event in events] == ["its description holds an unknown tag"]
+    decision = cluster.open()
+    assert decision.source == "start" and "was tried" in decision.notes[0]
+    newer = cluster.snapshot(1)
+    cluster.committed(newer)
+    assert cluster.open().snapshot == newer  # another generation's step 1 is another snapshot
