@@ -192,7 +192,8 @@ class Door:
             if len(body) % 4:
                 raise ProtocolError("malformed checksums")
             checksums = np.frombuffer(bytes(body), dtype="<u4").astype(np.uint32)
-            keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message))
+            objection = str(message.get("objection") or "")[:_LONGEST_REASON]
+            keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message), objection)
         elif op == "abort":
             keeper.abort(worker)
         elif op == "wait":

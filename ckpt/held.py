@@ -97,6 +97,8 @@ class Held:
         self.damaged_data: set[int] = set()
         self.damaged_parity: set[tuple[int, int]] = set()
         self.replica_checks: dict[str, int] = {}
+        self.objection = ""
+        """Why a rank of this node does not want it committed (NaN in its state, say); empty if none objects."""
         self.pins = 0
 
     @property

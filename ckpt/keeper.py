@@ -59,6 +59,8 @@ class Keeper:
         self.on_seal: list[Callable[[], None]] = []
         self.prepared: dict[SnapshotId, set[int]] = {}
         self.replica_checks: dict[SnapshotId, dict[str, int]] = {}
+        self.objections: dict[SnapshotId, str] = {}
+        self.skipped: SnapshotId | None = None
         self.trouble: SnapshotError | None = None
         self.restored: dict[str, Any] | None = None
         self.checkpoint: dict[str, Any] | None = None
@@ -117,6 +119,7 @@ class Keeper:
             self.nonce = secrets.token_hex(16)
             self.prepared, self.replica_checks, self.trouble, self.committed = {}, {}, None, None
             self._completed_at.clear()
+            self.objections, self.skipped = {}, None
             self.restored = {
                 "source": decision.source,
                 "step": 0,
@@ -260,10 +263,18 @@ class Keeper:
                 "(FSDP), use a wider code (larger k), or free memory on the node"
             )
 
-    def complete(self, worker: Worker, step: int, checksums: np.ndarray, replica_checks: dict[str, int]) -> None:
+    def complete(
+        self,
+        worker: Worker,
+        step: int,
+        checksums: np.ndarray,
+        replica_checks: dict[str, int],
+        objection: str = "",
+    ) -> None:
         """The worker has copied all of `step`; these are its buckets' checksums.
 
         replica_checks: on a worker's first snapshot, a checksum of everything it holds in common with other ranks.
+        objection: why it must not be committed, in words; all nodes drop it when it is complete, and keep the last one.
         """
         with self.changed:
             self.check_open(worker.generation)
@@ -274,6 +285,7 @@ class Keeper:
             del self.writing[worker.rank]
             held = self.held.get(snapshot) or self._new_held(snapshot, worker)
             _merge_checks(held.replica_checks, replica_checks)
+            held.objection = held.objection or objection
             held.shards[worker.rank] = segment
             held.own[worker.rank] = ShardRecord(size_bytes=segment.size_bytes, checksums=checksums)
             if len(held.shards) == worker.local_world_size:
@@ -335,7 +347,9 @@ class Keeper:
         current = self.is_open and snapshot.generation == self.generation
         return current and (self.committed is None or snapshot > self.committed)
 
-    def note_prepared(self, snapshot: SnapshotId, position: int, replica_checks: dict[str, int]) -> bool:
+    def note_prepared(
+        self, snapshot: SnapshotId, position: int, replica_checks: dict[str, int], objection: str = ""
+    ) -> bool:
         """At the lead: `position` holds all of `snapshot`. True when that was the last one to say so."""
         with self.changed:
             assert self.decision is not None
@@ -351,6 +365,8 @@ class Keeper:
                 self.trouble = error  # what was saved in parts is not one state: it must never be committed
                 self.changed.notify_all()
                 return False
+            if objection:
+                self.objections.setdefault(snapshot, objection)
             ready = self.prepared.setdefault(snapshot, set())
             before = len(ready)
             ready.add(position)
@@ -375,6 +391,21 @@ class Keeper:
             self.replica_checks = {i: c for i, c in self.replica_checks.items() if i > snapshot}
             self._free_fetched()
             self.changed.notify_all()
+
+    def skip(self, snapshot: SnapshotId, why: str) -> None:
+        """All nodes hold `snapshot` and one objects to it: it is dropped, and the last committed one stays."""
+        with self.changed:
+            held = self.held.get(snapshot)
+            if not self._is_news(snapshot) or held is None:
+                return
+            self._drop(held)
+            self._completed_at.pop(snapshot, None)
+            self.prepared.pop(snapshot, None)
+            self.replica_checks.pop(snapshot, None)
+            self.objections.pop(snapshot, None)
+            self.skipped = snapshot
+            self.changed.notify_all()
+        self.event("not committed", snapshot=str(snapshot), error=why)
 
     def _free_fetched(self) -> None:
         for segment in self.fetched.values():
@@ -500,12 +531,16 @@ class Keeper:
         """Wait until a snapshot of this generation at `step` or later is committed. False on time-out."""
         with self.changed:
             self.changed.wait_for(
-                lambda: not self._is_current(worker) or self._is_committed(step), timeout=timeout.total_seconds()
+                lambda: not self._is_current(worker) or self._is_committed(step) or self._is_skipped(step),
+                timeout=timeout.total_seconds(),
             )
             return self._is_current(worker) and self._is_committed(step)
 
     def _is_current(self, worker: Worker) -> bool:
         return self.is_open and worker.generation == self.generation
+
+    def _is_skipped(self, step: int) -> bool:
+        return self.skipped is not None and self.skipped >= self._id(step)
 
     def _is_committed(self, step: int) -> bool:
         return self.committed is not None and self.committed >= self._id(step)

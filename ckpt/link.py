@@ -95,9 +95,9 @@ class Link:
                 os.close(fd)
         return self._slots[reply["slot"]]
 
-    def complete(self, step: int, checksums: np.ndarray, replica_checks: dict[str, int]) -> None:
-        """The slot holds all of `step`."""
-        message = {"op": "complete", "step": step, "replica_checks": replica_checks}
+    def complete(self, step: int, checksums: np.ndarray, replica_checks: dict[str, int], objection: str = "") -> None:
+        """The slot holds all of `step`. With an objection it is never committed, on any node."""
+        message = {"op": "complete", "step": step, "replica_checks": replica_checks, "objection": objection}
         self._client.call(message, checksums.astype("<u4").tobytes())
 
     def abort(self) -> None:

@@ -28,12 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..erasure import checksum
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
-from .errors import ConfigError, DamageError, SnapshotError, WorldSizeError
+from .errors import ConfigError, DamageError, NonFiniteStateError, SnapshotError, WorldSizeError
+from .finite import first_nonfinite
 from .link import Link, Place
 from .loader import Loader
 from .shard import Plan, make_plan, signature
 
 _EXIT_WAIT = timedelta(seconds=30)
+MOST_REFUSALS = 10
+"""Snapshots in a row that may be refused for NaN or Inf before training is stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +51,15 @@ class Restored:
     """Why not from something newer."""
 
 
-def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protection":
+def protect(*, every: int = 1, replicas: bool = True, refuse_nonfinite: bool = False, **objects: Any) -> "Protection":
     """Protect named objects: models, optimizers, schedulers, samplers, anything with (load_)state_dict.
 
     every: steps between snapshots.
     replicas: ranks that hold the same by construction (DDP, replicated DTensor dimensions) save a part each.
+
+    refuse_nonfinite: a snapshot with NaN or Inf in a parameter or in optimizer state is not committed on any node, and
+    the last good one stays; training goes on. After MOST_REFUSALS in a row NonFiniteStateError ends it, and a restart
+    goes back to the last good snapshot. Costs one read of the state for each snapshot, beside the copy.
 
     Restores their state if the job has been running before. Without a refound agent (plain `python train.py`) it
     warns once and protects nothing.
@@ -78,13 +85,21 @@ def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protec
             "--rdzv-backend=refound, or torchrun --standalone --logs-specs=refound",
             stacklevel=2,
         )
-    return Protection(objects, every=every, replicas=replicas, place=place)
+    return Protection(objects, every=every, replicas=replicas, place=place, refuse_nonfinite=refuse_nonfinite)
 
 
 class Protection:
     """A job's protection, made by `protect`."""
 
-    def __init__(self, objects: dict[str, Any], *, every: int, replicas: bool, place: Place | None) -> None:
+    def __init__(
+        self,
+        objects: dict[str, Any],
+        *,
+        every: int,
+        replicas: bool,
+        place: Place | None,
+        refuse_nonfinite: bool = False,
+    ) -> None:
         self.step = 0
         """Completed steps."""
         self.restored: Restored | None = None
@@ -95,6 +110,7 @@ class Protection:
         self._plan: Plan | None = None
         self._signature: tuple[Any, ...] = ()
         self._checked_replicas = False
+        self._refuse_nonfinite, self._refusals = refuse_nonfinite, 0
         self._idle = threading.Event()
         self._idle.set()
         self._failure: Exception | None = None
@@ -191,12 +207,28 @@ class Protection:
                     f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
                     "in optimizer.step(), or before end_step()"
                 )
-            link.complete(job.step, sums, checks)
+            link.complete(job.step, sums, checks, self._objection(job))
             self._checked_replicas, self._last_snapshot = True, job.step
         except Exception as error:
             self._failure = error
         finally:
             self._idle.set()
+
+    def _objection(self, job: "_Job") -> str:
+        """Why this snapshot must not be committed. Raises NonFiniteStateError when that has been so for too long."""
+        bad = first_nonfinite(job.plan, job.leaves) if self._refuse_nonfinite else None
+        if bad is None:
+            self._refusals = 0
+            return ""
+        self._refusals += 1
+        words = f"{bad} of rank {self._rank} holds NaN or Inf at step {job.step}"
+        if self._refusals > MOST_REFUSALS:
+            raise NonFiniteStateError(
+                f"{words}, as in the {MOST_REFUSALS} snapshots before, none of which was taken. A restart goes back to "
+                "the last good one; look at the learning rate, the data, or the loss scale"
+            )
+        print(f"refound: {words}: no snapshot is taken of it, the last good one stays", file=sys.stderr, flush=True)
+        return words
 
     def _before_optimizer_step(self, *_: Any) -> None:
         """The copy must be over before the state changes. This wait is the stall."""

@@ -59,7 +59,7 @@ class PeerServer:
         address: str,
         *,
         prepared: Callable[[SnapshotId], None],
-        committed: Callable[[SnapshotId, bool], None],
+        committed: Callable[[SnapshotId, bool, str], None],
         persisted: Callable[..., None],
         rebuilder: Callable[[], Rebuilder],
     ) -> None:
@@ -121,10 +121,11 @@ class PeerServer:
             self._keeper.offered(snapshot, _integer(message, "position"), record, _integer(message, "world_size"))
         elif op == "prepared":
             checks = checked_replicas(message)
-            if self._keeper.note_prepared(snapshot, _integer(message, "position"), checks):
+            position, objection = _integer(message, "position"), str(message.get("objection") or "")[:2000]
+            if self._keeper.note_prepared(snapshot, position, checks, objection):
                 self._prepared(snapshot)
         elif op == "commit":
-            self._committed(snapshot, bool(message.get("persist")))
+            self._committed(snapshot, bool(message.get("persist")), str(message.get("objection") or "")[:2000])
         elif op == "persisted":
             self._persisted(snapshot, _integer(message, "position"), durable=message.get("durable") is True)
         elif op == "record":

@@ -54,7 +54,7 @@ class Process:
             self.keeper,
             address,
             prepared=lambda snapshot: self._with_control().everyone_prepared(snapshot),
-            committed=lambda snapshot, persist: self._with_control().told_committed(snapshot, persist),
+            committed=lambda snapshot, *more: self._with_control().told_committed(snapshot, *more),
             persisted=self._writer.note_part,
             rebuilder=self._rebuilder,
         )
