@@ -51,11 +51,7 @@ class Scrubber:
         keeper = self._keeper
         try:
             while True:
-                held = self._next()
-                try:
-                    self._walk(held)
-                finally:
-                    keeper.unpin(held)
+                self._walk(self._next())
                 with keeper.changed:
                     keeper.changed.wait_for(self._is_over, timeout=_REST.total_seconds())
         except StaleWriterError:
@@ -71,7 +67,11 @@ class Scrubber:
         return not self._keeper.is_open or self._keeper.generation != self._decision.generation
 
     def _next(self) -> Held:
-        """The committed snapshot, once this node holds all of it; pinned."""
+        """The committed snapshot, once this node holds all of it.
+
+        It is not pinned: that would cost a third slot for good. What is read without the lock may be overwritten by
+        the next snapshot, so what looks bad is looked at again under it.
+        """
         keeper = self._keeper
         with keeper.changed:
             while True:
@@ -79,15 +79,16 @@ class Scrubber:
                 held = keeper.held.get(keeper.committed) if keeper.committed else None
                 whole = held and held.data_complete and held.parity_complete
                 if held and whole and not held.damaged_data and not held.damaged_parity:
-                    held.pins += 1
                     return held
                 keeper.changed.wait(_REST.total_seconds())
 
     def _walk(self, held: Held) -> None:
         keeper, started, walked = self._keeper, time.monotonic(), 0
-        for spot, data, expected in list(_spots(held)):
+        with keeper.changed:
+            spots = list(_spots(held)) if self._is_current(held) else []
+        for spot, data, expected in spots:
             self._peers.check()
-            if keeper.committed != held.id:
+            if not self._is_current(held):
                 return  # nobody will need it any more
             if checksum(data) != expected and (held.id, spot) not in self._given_up:
                 self._mend(held, spot, data, expected)
@@ -98,9 +99,20 @@ class Scrubber:
                     keeper.changed.wait_for(self._is_over, timeout=ahead)
         keeper.scrub["passes"] += 1
 
+    def _is_current(self, held: Held) -> bool:
+        """Whether it is still what a restart would go back to, so that its slots are nobody else's. Lasts as long as
+        the keeper's lock is held."""
+        return self._keeper.committed == held.id and self._keeper.held.get(held.id) is held
+
+    def _is_bad(self, held: Held, data: np.ndarray, expected: int) -> bool:
+        with self._keeper.changed:
+            return self._is_current(held) and checksum(data) != expected
+
     # --- mending -----------------------------------------------------------------------------------------------
 
     def _mend(self, held: Held, spot: Spot, data: np.ndarray, expected: int) -> None:
+        if not self._is_bad(held, data, expected):
+            return
         what = f"bucket {spot[1]} of {'the data' if spot[0] < 0 else f'parity chunk {spot[0]}'}"
         try:
             rebuilt = self._rebuilt(held, spot)
@@ -109,12 +121,16 @@ class Scrubber:
         except StaleWriterError:
             raise
         except SnapshotError as error:
+            if not self._is_bad(held, data, expected):
+                return  # replaced meanwhile, here or on the nodes that were asked
             self._given_up.add((held.id, spot))
             self._keeper.scrub["failed"] += 1
             self._keeper.event("bad memory", snapshot=str(held.id), what=what, mended=False, error=str(error))
             return
         with self._keeper.changed:
             self._peers.check()
+            if not self._is_current(held):
+                return
             data[:] = rebuilt[: len(data)]
         self._keeper.scrub["mended"] += 1
         self._keeper.event("bad memory", snapshot=str(held.id), what=what, mended=True)

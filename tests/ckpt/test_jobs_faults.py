@@ -24,7 +24,8 @@ class Shared:
 
     def take(self) -> Job:
         if self._job is None:
-            self._job = Job(self._folders.mktemp("shared"), kind="fsdp").start()
+            # No scrubber: these tests make memory bad and want a restart to find it.
+            self._job = Job(self._folders.mktemp("shared"), kind="fsdp", conf="scrub_mb_s=0").start()
             self.step = 0
         return self._job
 

@@ -110,6 +110,16 @@ def test_zero_turns_it_off_and_a_slow_one_does_not_hold_a_rendezvous_up(clusters
         assert all(node.keeper.scrub["mended"] == 0 for node in cluster.nodes)
 
 
+def test_it_costs_no_third_slot(clusters: list[Cluster]) -> None:
+    cluster, snapshot = scrubbing(clusters, 1, rate=1.0)  # a second for a bucket: always in the middle of a walk
+    for step in range(2, 30):
+        snapshot = cluster.snapshot(step)
+        cluster.committed(snapshot)
+    for node in cluster.nodes:
+        assert {len(pool) for pool in node.keeper.pools.values()} == {2}
+        assert node.keeper.scrub == {"passes": 0, "mended": 0, "failed": 0} and not bad_memory(node)
+
+
 def test_a_storm_of_bad_bits_during_snapshots_never_makes_a_false_one(clusters: list[Cluster]) -> None:
     cluster, snapshot = scrubbing(clusters, 2)
     rng = np.random.default_rng(5)
@@ -135,7 +145,7 @@ def test_a_step_whose_parity_is_wrong_is_tried_once_and_the_next_tier_serves(
     clusters: list[Cluster], tmp_path: Path
 ) -> None:
     """What no checksum shows: parity that was computed wrong. The data rebuilt from it fails its own checksum."""
-    conf = {"checkpoint_dir": str(tmp_path), "checkpoint_every_steps": 1, "checkpoint_every_s": 0.0, "scrub_mb_s": 0.0}
+    conf = {"checkpoint_dir": str(tmp_path), "checkpoint_every_steps": 1, "checkpoint_every_s": 0.0}
     cluster = Cluster(2, 1, SHARDS[3], **conf)
     clusters.append(cluster)
     cluster.open()
