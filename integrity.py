@@ -161,6 +161,8 @@ def _of_snapshot(node: Mapping[str, Any], snapshot: Mapping[str, Any], views: Se
     size = (snapshot["buckets"] + snapshot["parity_buckets"]) * BUCKET_BYTES
     summary = f"step {view.id.step}, {'committed' if snapshot['committed'] else 'not committed yet'}, "
     summary += f"{format_bytes(size)} of data and parity checked"
+    if snapshot["replaced"]:
+        summary += "; a newer one has replaced it meanwhile, so it is judged no more"
     if snapshot["rebuilding"]:
         summary += f", {snapshot['rebuilding']} buckets are just being rebuilt"
     return Verdict(

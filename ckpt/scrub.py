@@ -10,7 +10,6 @@ once and left: the next snapshot replaces it, and a rendezvous before that verif
 
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 
 import numpy as np
@@ -19,15 +18,13 @@ from ..erasure import Code, apply, checksum
 from .agreement import Decision, SnapshotId
 from .errors import SnapshotError, StaleWriterError
 from .exchange import chunk_checksums
-from .held import Held
+from .held import Held, Spot
 from .keeper import Keeper
 from .peers import Peers, read_message
 from .stripes import BUCKET_BYTES, Stripe
 
 _REST = timedelta(seconds=1)
 """Between two walks over a snapshot that stays."""
-Spot = tuple[int, int]
-"""(-1, bucket of the node's vector) or (parity chunk 0..m-1, bucket of the chunk)."""
 
 
 class Scrubber:
@@ -85,7 +82,7 @@ class Scrubber:
     def _walk(self, held: Held) -> None:
         keeper, started, walked = self._keeper, time.monotonic(), 0
         with keeper.changed:
-            spots = list(_spots(held)) if self._is_current(held) else []
+            spots = list(held.spots()) if self._is_current(held) else []
         for spot, data, expected in spots:
             self._peers.check()
             if not self._is_current(held):
@@ -179,17 +176,3 @@ class Scrubber:
         data = np.frombuffer(body, np.uint8)
         sums = [checksum(data[at : at + BUCKET_BYTES]) for at in range(0, len(data), BUCKET_BYTES)]
         return data if sums == (reply.get("crc32c") if expected is None else expected) else None
-
-
-def _spots(held: Held) -> Iterator[tuple[Spot, np.ndarray, int]]:
-    """All buckets of a snapshot: which, the bytes themselves, and their checksum."""
-    first = 0
-    for rank in sorted(held.own):
-        array, sums = held.shards[rank].array, held.own[rank].checksums
-        for bucket, expected in enumerate(sums):
-            yield (-1, first + bucket), array[bucket * BUCKET_BYTES : (bucket + 1) * BUCKET_BYTES], int(expected)
-        first += len(sums)
-    for index, segment in enumerate(held.parity):
-        for bucket, expected in enumerate(held.parity_checksums[index]):
-            low = bucket * BUCKET_BYTES
-            yield (index, bucket), segment.array[low : low + BUCKET_BYTES], int(expected)
