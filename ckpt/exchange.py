@@ -88,7 +88,9 @@ class Exchange:
         if held.group.m:
             self._await_records(held)
             self._code_own_parity(held)
-        self._done = {i for i in self._done if i.step > held.id.step - 4} | {held.id}
+        with self._keeper.changed:
+            # Not by age: the committed one stays for as long as newer ones are refused.
+            self._done = {i for i in self._done if i in self._keeper.held} | {held.id}
         self._on_prepared(held.id)
 
     def _await_records(self, held: Held) -> None:

@@ -7,6 +7,7 @@ the memfd, so the serving side copies nothing.
 
 import contextlib
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .stripes import BUCKET_BYTES
 from .wire import MAX_COUNT, Message
 
 _AUTHENTICATE_TIMEOUT = timedelta(seconds=5)
+_RANKS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})+")
 _SEND_TIMEOUT = timedelta(seconds=60)
 
 Part = tuple[int, int, int]
@@ -211,6 +213,8 @@ def checked_replicas(message: Message) -> dict[str, int]:
     raw = message.get("replica_checks")
     if not isinstance(raw, dict) or not all(isinstance(value, int) for value in raw.values()):
         raise ProtocolError("malformed message: replica_checks")
+    if not all(_RANKS.fullmatch(ranks) for ranks in raw):
+        raise ProtocolError("malformed message: replica_checks name no ranks")
     return raw
 
 

@@ -224,7 +224,7 @@ class Cluster:
         for node in self.nodes:
             keeper = node.keeper
             wait_for(keeper, lambda k=keeper: k.trouble or (k.committed is not None and k.committed >= snapshot))
-            assert keeper.trouble is None
+            assert keeper.trouble is None, keeper.trouble
 
     def replace(self, *positions: int) -> None:
         """These nodes are lost; empty ones come in their stead, under new names."""
