@@ -157,10 +157,12 @@ def _of_snapshot(node: Mapping[str, Any], snapshot: Mapping[str, Any], views: Se
             f"Parity does not cover it ({reason}): the next snapshot replaces it, a restart before goes back further"
         )
     elif bad:
-        following = "Parity covers it: it is rebuilt at a restart, and the next snapshot replaces it. Nothing to do"
+        following = "Parity covers it: it is rebuilt from the other nodes, at the latest at a restart. Nothing to do"
     size = (snapshot["buckets"] + snapshot["parity_buckets"]) * BUCKET_BYTES
     summary = f"step {view.id.step}, {'committed' if snapshot['committed'] else 'not committed yet'}, "
     summary += f"{format_bytes(size)} of data and parity checked"
+    if snapshot["replaced"]:
+        summary += "; a newer one has replaced it meanwhile, so it is judged no more"
     if snapshot["rebuilding"]:
         summary += f", {snapshot['rebuilding']} buckets are just being rebuilt"
     return Verdict(

@@ -71,6 +71,8 @@ class NodeView:
     """Proof of holding REFOUND_SECRET, comparable between nodes."""
     held: tuple[HeldView, ...] = ()
     checkpoints: tuple[SnapshotId, ...] = ()
+    refused: tuple[SnapshotId, ...] = ()
+    """Snapshots in memory that were tried here and could not be restored, though their checksums hold."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -82,7 +84,8 @@ class NodeView:
             raw = json.loads(text)
             held = tuple(_held_from(entry) for entry in raw.pop("held"))
             checkpoints = tuple(SnapshotId(**entry) for entry in raw.pop("checkpoints"))
-            view = cls(**raw, held=held, checkpoints=checkpoints)
+            refused = tuple(SnapshotId(**entry) for entry in raw.pop("refused", []))
+            view = cls(**raw, held=held, checkpoints=checkpoints, refused=refused)
             if not _is_well_formed(view):
                 raise ValueError("a part of it has the wrong type or is out of range")
             return view
@@ -106,7 +109,7 @@ def _held_from(raw: dict[str, Any]) -> HeldView:
 
 def _is_well_formed(view: NodeView) -> bool:
     texts = (view.name, view.address, view.nonce, view.secret_check)
-    ids = [*view.checkpoints, *(held.id for held in view.held)]
+    ids = [*view.checkpoints, *view.refused, *(held.id for held in view.held)]
     counts = [view.port, view.generation, *(number for i in ids for number in (i.generation, i.step))]
     numbers = [view.k, view.m]
     for held in view.held:
@@ -203,7 +206,11 @@ def _newest_in_memory(
     views: Sequence[NodeView], notes: list[str]
 ) -> tuple[SnapshotId | None, dict[int, tuple[str, HeldView]]]:
     """The newest snapshot that can be restored, and who holds which position of it."""
+    refused = {snapshot for view in views for snapshot in view.refused}
     for candidate in sorted({held.id for view in views for held in view.held}, reverse=True):
+        if candidate in refused:  # the same bad step is never tried twice
+            notes.append(f"{candidate} is in memory but was tried and could not be restored")
+            continue
         claims = [(view.name, held) for view in views for held in view.held if held.id == candidate]
         holders: dict[int, tuple[str, HeldView]] = {}
         for name, held in sorted(claims, key=_least_lost):

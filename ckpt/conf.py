@@ -52,6 +52,8 @@ class PluginConfig:
     """Port on 127.0.0.1 where this node's snapshot process answers Prometheus. 0: none."""
     event_log: str = ""
     """Directory for a log of events, a line of JSON each. Empty: none is written."""
+    scrub_mb_s: float = 50.0
+    """Rate at which a node checks the memory of its committed snapshot while the job trains, in MB/s. 0: not at all."""
 
 
 def parse(raw: Mapping[str, Any]) -> tuple[PluginConfig, dict[str, Any]]:
@@ -92,7 +94,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         problems.append("k must be at least 1 and m at least 0")
     problems += [
         f"{key} must not be negative"
-        for key in ("lease_s", "checkpoint_every_s", "checkpoint_every_steps", "parity_rate_mb_s")
+        for key in ("lease_s", "checkpoint_every_s", "checkpoint_every_steps", "parity_rate_mb_s", "scrub_mb_s")
         if not values.get(key, 0) >= 0
     ]
     if not 0 <= values.get("metrics_port", 0) <= 65535:

@@ -28,6 +28,7 @@ from .slots import Segment
 from .wire import MAX_COUNT, Message
 
 Reply = tuple[Message, bytes, list[int]]
+_LONGEST_REASON = 2000
 _LONGEST_WAIT_MS = 24 * 3600 * 1000
 _LOOK_AGAIN = timedelta(seconds=1)
 
@@ -188,6 +189,10 @@ class Door:
             segment, record = self._restore().shard(_count(message, "rank"))
             ranks, checksums = pack_record({_count(message, "rank"): record})
             return {"ranks": ranks}, checksums, [segment.read_only_fd()]
+        if op == "reject":
+            keeper.check_open(worker.generation)
+            self._restore().reject(str(message.get("reason"))[:_LONGEST_REASON])
+            return {}, b"", []
         if op == "begin":
             segment = keeper.begin(worker, _count(message, "step"), _count(message, "size_bytes"))
             return self._slot(caller, segment)
@@ -195,10 +200,11 @@ class Door:
             if len(body) % 4:
                 raise ProtocolError("malformed checksums")
             checksums = np.frombuffer(bytes(body), dtype="<u4").astype(np.uint32)
+            objection = str(message.get("objection") or "")[:_LONGEST_REASON]
             with keeper.changed:
                 keeper.check_open(worker.generation)
                 keeper.tuning.reported(_snapshot(worker, message), message.get("costs"))
-            keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message))
+            keeper.complete(worker, _count(message, "step"), checksums, checked_replicas(message), objection)
         elif op == "abort":
             keeper.abort(worker)
         elif op == "finish":
@@ -214,9 +220,12 @@ class Door:
         return {}, b"", []
 
     def _interval(self, worker: fence.Worker, message: Message) -> Message:
-        """What the commit of a step says of the next ones, once there is one. Raises what keeps it from coming."""
+        """What the commit of a step says of the next ones, once there is one; nothing if the step was dropped.
+
+        Raises what keeps it from coming.
+        """
         keeper, step = self._keeper, _count(message, "step")
-        while not keeper.wait_committed(worker, step, _LOOK_AGAIN):
+        while not (keeper.wait_committed(worker, step, _LOOK_AGAIN) or keeper.is_skipped(step)):
             with keeper.changed:
                 keeper.check_open(worker.generation)
                 if keeper.trouble:

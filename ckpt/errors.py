@@ -22,6 +22,10 @@ class DamageError(SnapshotError, ValueError):
     """Bytes do not match their checksum and could not be rebuilt."""
 
 
+class NonFiniteStateError(SnapshotError, ArithmeticError):
+    """The state has held NaN or Inf for many snapshots, none of which was taken."""
+
+
 class StaleWriterError(SnapshotError):
     """The caller belongs to an older generation and has been fenced."""
 

@@ -89,8 +89,7 @@ class Exchange:
             self._await_records(held)
             self._code_own_parity(held)
         with self._keeper.changed:
-            # By what is held, not by how far back it is: with many steps between snapshots, the one before this is
-            # far back and still here, and must not be done again while others drop it.
+            # Not by age: the committed one stays for as long as newer ones are refused.
             self._done = {i for i in self._done if i in self._keeper.held} | {held.id}
         self._on_prepared(held.id)
 

@@ -27,6 +27,9 @@ class ShardRecord:
 Record = dict[int, ShardRecord]
 """The shards of one position: rank → record."""
 
+Spot = tuple[int, int]
+"""(-1, bucket of the node's vector) or (parity chunk 0..m-1, bucket of the chunk)."""
+
 
 def pack_record(record: Record) -> tuple[list[list[int]], bytes]:
     """A record as message parts: [[rank, bytes], …] and the checksums."""
@@ -97,6 +100,8 @@ class Held:
         self.damaged_data: set[int] = set()
         self.damaged_parity: set[tuple[int, int]] = set()
         self.replica_checks: dict[str, int] = {}
+        self.objection = ""
+        """Why a rank of this node does not want it committed (NaN in its state, say); empty if none objects."""
         self.pins = 0
 
     @property
@@ -136,19 +141,21 @@ class Held:
 
     def failing(self) -> tuple[set[int], set[tuple[int, int]]]:
         """Buckets of the vector, and (chunk, bucket) of the parity, that fail their checksum."""
-        data: set[int] = set()
-        parity: set[tuple[int, int]] = set()
-        if self.data_complete:
-            first = 0
-            for rank in sorted(self.own):
-                record = self.own[rank]
-                data |= {first + bucket for bucket in failing_buckets(self.shards[rank].array, record.checksums)}
-                first += len(record.checksums)
-        if self.parity_complete:
-            for index, segment in enumerate(self.parity):
-                bad = failing_buckets(segment.array, self.parity_checksums[index])
-                parity |= {(index, bucket) for bucket in bad}
-        return data, parity
+        bad = [spot for spot, data, expected in self.spots() if checksum(data) != expected]
+        return {bucket for index, bucket in bad if index < 0}, {spot for spot in bad if spot[0] >= 0}
+
+    def spots(self) -> Iterator[tuple[Spot, np.ndarray, int]]:
+        """All buckets that are here: which, the bytes themselves, and their checksum."""
+        first = 0
+        for rank in sorted(self.own) if self.data_complete else ():
+            array, sums = self.shards[rank].array, self.own[rank].checksums
+            for bucket, expected in enumerate(sums):
+                yield (-1, first + bucket), array[bucket * BUCKET_BYTES : (bucket + 1) * BUCKET_BYTES], int(expected)
+            first += len(sums)
+        for index, segment in enumerate(self.parity if self.parity_complete else ()):
+            for bucket, expected in enumerate(self.parity_checksums[index]):
+                low = bucket * BUCKET_BYTES
+                yield (index, bucket), segment.array[low : low + BUCKET_BYTES], int(expected)
 
     def view(self) -> HeldView:
         """What this node tells the others."""

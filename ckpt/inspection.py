@@ -4,6 +4,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from ..erasure import checksum
 from .errors import SnapshotError
 from .held import Held
 from .keeper import Keeper
@@ -19,22 +20,20 @@ class Inspection:
     def verify(self) -> Message:
         """Check every bucket of every complete snapshot against its checksum.
 
-        The memory is pinned meanwhile, not locked: a snapshot that training replaces is checked to its end.
+        Nothing is locked or pinned meanwhile, so training takes no more memory: what looks bad is looked at again
+        under the lock, and a snapshot that is replaced before its end is said to be.
         """
         keeper = self._keeper
         with keeper.changed:
-            ids = [held.id for held in keeper.held.values() if held.data_complete or held.parity]
-        found = []
-        for snapshot in sorted(ids):
-            if held := keeper.pin(snapshot):
-                try:
-                    found.append(self._look(held))
-                finally:
-                    keeper.unpin(held)
-        return {"job": keeper.job, "node": keeper.node, "snapshots": found}
+            found = [held for held in keeper.held.values() if held.data_complete or held.parity]
+        looked = [self._look(held) for held in sorted(found, key=lambda held: held.id)]
+        return {"job": keeper.job, "node": keeper.node, "snapshots": looked}
 
     def keep(self) -> tuple[Held, Message]:
-        """Pin the newest committed snapshot, until `let_go`, and say what it is. Raises SnapshotError without one."""
+        """Pin the newest committed snapshot, until `let_go`, and say what it is; training takes a third slot meanwhile.
+
+        Raises SnapshotError without one.
+        """
         keeper = self._keeper
         with keeper.changed:
             held = keeper.pin(keeper.committed) if keeper.committed else None
@@ -49,20 +48,25 @@ class Inspection:
         self._keeper.unpin(held)
 
     def _look(self, held: Held) -> dict[str, Any]:
-        with self._keeper.changed:
+        keeper = self._keeper
+        with keeper.changed:
+            spots = list(held.spots()) if keeper.held.get(held.id) is held else []
             # What is known to be bad is being rebuilt in place and says nothing new.
-            known = set(held.damaged_data), set(held.damaged_parity)
-        data, parity = held.failing()
-        with self._keeper.changed:
-            data, parity = data - known[0], parity - known[1]
+            known = {(-1, bucket) for bucket in held.damaged_data} | held.damaged_parity
             view = asdict(held.view())
-            view |= {"damaged_data": sorted(data), "damaged_parity": sorted(parity)}
+        bad = {s for s, data, expected in spots if s not in known and checksum(data) != expected}
+        with keeper.changed:
+            replaced = keeper.held.get(held.id) is not held
+            bad = set() if replaced else {s for s, data, expected in spots if s in bad and checksum(data) != expected}
+            view |= {"damaged_data": sorted(bucket for index, bucket in bad if index < 0)}
+            view |= {"damaged_parity": sorted(spot for spot in bad if spot[0] >= 0)}
             return {
                 "step": held.id.step,
                 "generation": held.id.generation,
                 "committed": held.committed,
-                "buckets": sum(len(record.checksums) for record in held.own.values()) if held.data_complete else 0,
-                "parity_buckets": sum(map(len, held.parity_checksums)) if held.parity_complete else 0,
-                "rebuilding": len(known[0]) + len(known[1]),
+                "replaced": replaced,
+                "buckets": sum(index < 0 for (index, _), _, _ in spots),
+                "parity_buckets": sum(index >= 0 for (index, _), _, _ in spots),
+                "rebuilding": len(known),
                 "view": view,
             }

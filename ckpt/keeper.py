@@ -61,6 +61,8 @@ class Keeper:
         self.on_seal: list[Callable[[], None]] = []
         self.prepared: dict[SnapshotId, set[int]] = {}
         self.replica_checks: dict[SnapshotId, dict[str, int]] = {}
+        self.objections: dict[SnapshotId, str] = {}
+        self.skipped: SnapshotId | None = None
         self.trouble: SnapshotError | None = None
         self.restored: dict[str, Any] | None = None
         self.checkpoint: dict[str, Any] | None = None
@@ -76,6 +78,9 @@ class Keeper:
         self._refusals = 0
         self.sink: Callable[[dict[str, Any]], None] | None = None
         """Where events go beside; must not block."""
+        self.given_up: dict[SnapshotId, str] = {}
+        """Snapshots that could not be restored though their checksums hold, and why: never to be tried again."""
+        self.scrub = {"passes": 0, "mended": 0, "failed": 0}
 
     # --- generations -------------------------------------------------------------------------------------------
 
@@ -125,6 +130,7 @@ class Keeper:
             self.finished, self.is_over = set(), False
             self._completed_at.clear()
             self.tuning = Tuning()
+            self.objections, self.skipped = {}, None
             self.restored = {
                 "source": decision.source,
                 "step": 0,
@@ -269,10 +275,18 @@ class Keeper:
                 "(FSDP), use a wider code (larger k), or free memory on the node"
             )
 
-    def complete(self, worker: Worker, step: int, checksums: np.ndarray, replica_checks: dict[str, int]) -> None:
+    def complete(
+        self,
+        worker: Worker,
+        step: int,
+        checksums: np.ndarray,
+        replica_checks: dict[str, int],
+        objection: str = "",
+    ) -> None:
         """The worker has copied all of `step`; these are its buckets' checksums.
 
         replica_checks: on a worker's first snapshot, a checksum of everything it holds in common with other ranks.
+        objection: why it must not be committed, in words; all nodes drop it when it is complete, and keep the last one.
         """
         with self.changed:
             self.check_open(worker.generation)
@@ -283,6 +297,7 @@ class Keeper:
             del self.writing[worker.rank]
             held = self.held.get(snapshot) or self._new_held(snapshot, worker)
             _merge_checks(held.replica_checks, replica_checks)
+            held.objection = held.objection or objection
             held.shards[worker.rank] = segment
             held.own[worker.rank] = ShardRecord(size_bytes=segment.size_bytes, checksums=checksums)
             if len(held.shards) == worker.local_world_size:
@@ -352,7 +367,9 @@ class Keeper:
         current = self.is_open and snapshot.generation == self.generation
         return current and (self.committed is None or snapshot > self.committed)
 
-    def note_prepared(self, snapshot: SnapshotId, position: int, replica_checks: dict[str, int]) -> bool:
+    def note_prepared(
+        self, snapshot: SnapshotId, position: int, replica_checks: dict[str, int], objection: str = ""
+    ) -> bool:
         """At the lead: `position` holds all of `snapshot`. True when that was the last one to say so."""
         with self.changed:
             assert self.decision is not None
@@ -368,6 +385,8 @@ class Keeper:
                 self.trouble = error  # what was saved in parts is not one state: it must never be committed
                 self.changed.notify_all()
                 return False
+            if objection:
+                self.objections.setdefault(snapshot, objection)
             ready = self.prepared.setdefault(snapshot, set())
             before = len(ready)
             ready.add(position)
@@ -394,6 +413,21 @@ class Keeper:
             self.replica_checks = {i: c for i, c in self.replica_checks.items() if i > snapshot}
             self._free_fetched()
             self.changed.notify_all()
+
+    def skip(self, snapshot: SnapshotId, why: str) -> None:
+        """All nodes hold `snapshot` and one objects to it: it is dropped, and the last committed one stays."""
+        with self.changed:
+            held = self.held.get(snapshot)
+            if not self._is_news(snapshot) or held is None:
+                return
+            self._drop(held)
+            self._completed_at.pop(snapshot, None)
+            self.prepared.pop(snapshot, None)
+            self.replica_checks.pop(snapshot, None)
+            self.objections.pop(snapshot, None)
+            self.skipped = snapshot
+            self.changed.notify_all()
+        self.event("not committed", snapshot=str(snapshot), error=why)
 
     def _free_fetched(self) -> None:
         for segment in self.fetched.values():
@@ -457,6 +491,13 @@ class Keeper:
             self.events.append(self._tell(kind, details))
         print(f"refound: {kind} {details}", flush=True)
 
+    def give_up_on(self, snapshot: SnapshotId, reason: str) -> None:
+        """The next rendezvous passes this snapshot over, on all nodes."""
+        with self.changed:
+            known = self.given_up.setdefault(snapshot, reason) is not reason
+        if not known:
+            self.event("given up", snapshot=str(snapshot), error=reason)
+
     def refused(self, **details: Any) -> None:
         """Note a caller that was turned away: the 1st, 2nd, 4th, 8th…, so that no flood drowns the other events."""
         with self.changed:
@@ -497,6 +538,7 @@ class Keeper:
                 "checkpoint": self.checkpoint,
                 "restored": self.restored,
                 "over": self.is_over,
+                "scrub": dict(self.scrub),
                 "lease_s": self.conf.lease_s,
                 "trouble": str(self.trouble) if self.trouble else None,
                 "events": list(self.events),
@@ -525,12 +567,17 @@ class Keeper:
         """Wait until a snapshot of this generation at `step` or later is committed. False on time-out."""
         with self.changed:
             self.changed.wait_for(
-                lambda: not self._is_current(worker) or self._is_committed(step), timeout=timeout.total_seconds()
+                lambda: not self._is_current(worker) or self._is_committed(step) or self.is_skipped(step),
+                timeout=timeout.total_seconds(),
             )
             return self._is_current(worker) and self._is_committed(step)
 
     def _is_current(self, worker: Worker) -> bool:
         return self.is_open and worker.generation == self.generation
+
+    def is_skipped(self, step: int) -> bool:
+        """Whether a snapshot of this generation at `step` or later was dropped, since a rank objected to it."""
+        return self.skipped is not None and self.skipped >= self._id(step)
 
     def _is_committed(self, step: int) -> bool:
         return self.committed is not None and self.committed >= self._id(step)

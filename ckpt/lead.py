@@ -73,15 +73,15 @@ class Control:
 
     def prepared(self, snapshot: SnapshotId) -> None:
         """Data and parity of `snapshot` are complete on this node."""
-        checks = self._replica_checks(snapshot)
+        checks, objection = self._said_by_workers(snapshot)
         with self._keeper.changed:
             costs = self._keeper.tuning.told(snapshot)
             if self.is_lead:
                 self._keeper.tuning.heard(snapshot, costs)
         if not self.is_lead:
-            message = {**_message("prepared", snapshot), "position": self._keeper.position, "replica_checks": checks}
-            self._send(0, message | costs)
-        elif self._keeper.note_prepared(snapshot, 0, checks):
+            more = {"position": self._keeper.position, "replica_checks": checks, "objection": objection, **costs}
+            self._send(0, {**_message("prepared", snapshot), **more})
+        elif self._keeper.note_prepared(snapshot, 0, checks, objection):
             self.everyone_prepared(snapshot)
 
     def persisted(self, snapshot: SnapshotId, *, durable: bool) -> None:
@@ -100,6 +100,8 @@ class Control:
 
     def note_finished(self, snapshot: SnapshotId, position: int) -> None:
         """At the lead: the ranks at `position` are done for good. When all are, tell everybody."""
+        if position >= len(self._decision.nodes):
+            raise ProtocolError(f"there is no position {position}")
         with self._keeper.changed:
             self._finished.add(position)
             if len(self._finished) < len(self._decision.nodes):
@@ -115,13 +117,18 @@ class Control:
             self._keeper.is_over = True
         self._keeper.event("over")
 
-    def _replica_checks(self, snapshot: SnapshotId) -> dict[str, int]:
+    def _said_by_workers(self, snapshot: SnapshotId) -> tuple[dict[str, int], str]:
         with self._keeper.changed:
             held = self._keeper.held.get(snapshot)
-            return dict(held.replica_checks) if held else {}
+            return (dict(held.replica_checks), held.objection) if held else ({}, "")
 
     def everyone_prepared(self, snapshot: SnapshotId) -> None:
-        """At the lead: commit, here and everywhere."""
+        """At the lead: commit, here and everywhere; or drop it everywhere if some rank objects."""
+        if objection := self._keeper.objections.get(snapshot, ""):
+            for position in range(1, len(self._decision.nodes)):
+                self._send(position, {**_message("commit", snapshot), "objection": objection})
+            self._keeper.skip(snapshot, objection)
+            return
         persist = self._writer.is_due(snapshot)
         with self._keeper.changed:
             tuned = self._keeper.tuning.decide(snapshot, self._keeper.last_commit_ms)
@@ -131,11 +138,15 @@ class Control:
                 self._send(position, {**_message("commit", snapshot), "persist": persist, **tuned})
         self.committed(snapshot, persist)
 
-    def told_committed(self, snapshot: SnapshotId, persist: bool) -> None:
-        """Another node says that `snapshot` is committed. Raises ProtocolError at the lead, which says so itself."""
+    def told_committed(self, snapshot: SnapshotId, persist: bool, objection: str = "") -> None:
+        """Another node says that `snapshot` is committed, or dropped for an objection. Raises ProtocolError at the
+        lead, which is the one to say so."""
         if self.is_lead:
             raise ProtocolError("the lead is told by nobody what is committed")
-        self.committed(snapshot, persist)
+        if objection:
+            self._keeper.skip(snapshot, objection)
+        else:
+            self.committed(snapshot, persist)
 
     def committed(self, snapshot: SnapshotId, persist: bool) -> None:
         """The lead has committed `snapshot`."""

@@ -78,6 +78,10 @@ class Link:
             raise DamageError(f"rank {rank}'s shard changed in memory after it was verified (buckets {bad[:4]})")
         return array
 
+    def reject(self, reason: str) -> None:
+        """What was restored is damaged in a way that no checksum shows: the next restart must not try it again."""
+        self._client.call({"op": "reject", "reason": reason})
+
     def begin(self, step: int, size_bytes: int) -> SlotMemory:
         """A slot for the snapshot of `step`."""
         reply, _, fds = self._client.call({"op": "begin", "step": step, "size_bytes": size_bytes})
@@ -97,9 +101,14 @@ class Link:
         checksums: np.ndarray,
         replica_checks: dict[str, int],
         costs: dict[str, float] | None = None,
+        objection: str = "",
     ) -> None:
-        """The slot holds all of `step`. costs: of the snapshot before it (`tuning.Costs`)."""
-        message = {"op": "complete", "step": step, "replica_checks": replica_checks, "costs": costs}
+        """The slot holds all of `step`. With an objection it is never committed, on any node.
+
+        costs: of the snapshot before it (`tuning.Costs`).
+        """
+        facts = {"replica_checks": replica_checks, "costs": costs, "objection": objection}
+        message = {"op": "complete", "step": step, **facts}
         self._client.call(message, checksums.astype("<u4").tobytes())
 
     def interval(self, step: int) -> dict[str, Any]:

@@ -28,7 +28,8 @@ from ..erasure import checksum
 from .buckets import BUCKETS, Buckets
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
-from .errors import ConfigError, SnapshotError, StaleWriterError, WorldSizeError
+from .errors import ConfigError, DamageError, NonFiniteStateError, SnapshotError, StaleWriterError, WorldSizeError
+from .finite import first_nonfinite
 from .frozen import FrozenSet, size_hint
 from .link import Link, Place
 from .loader import Loader
@@ -39,6 +40,8 @@ from .zero import ZeroState
 
 _EXIT_WAIT = timedelta(seconds=30)
 _UNSETTLED_SNAPSHOTS = 10  # skipped at most, while gradient buckets are not laid out for good
+MOST_REFUSALS = 10
+"""Snapshots in a row that may be refused for NaN or Inf before training is stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,7 @@ def protect(
     stall_budget: float = STALL_BUDGET,
     replicas: bool = True,
     save_frozen: bool = True,
+    refuse_nonfinite: bool = False,
     **objects: Any,
 ) -> "Protection":
     """Protect named objects: models, optimizers, schedulers, samplers, anything with (load_)state_dict.
@@ -72,6 +76,10 @@ def protect(
     save_frozen: False leaves parameters without gradients out (see frozen.py): the script makes them the same in
     every start, which is proven before anything is restored.
 
+    refuse_nonfinite: a snapshot with NaN or Inf in a parameter or in optimizer state is not committed on any node, and
+    the last good one stays; training goes on. After MOST_REFUSALS in a row NonFiniteStateError ends it, and a restart
+    goes back to the last good snapshot. Costs one read of the state for each snapshot, beside the copy.
+
     Restores their state if the job has been running before. Without a refound agent (plain `python train.py`) it
     warns once and protects nothing.
 
@@ -84,8 +92,6 @@ def protect(
         if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)))
     ]
     problems += interval_problems(every, stall_budget)
-    if every == "auto" and not save_frozen:
-        problems.append("every='auto' and save_frozen=False do not go together yet: give every= a number")
     if not objects:
         problems.append("nothing to protect: name at least a model, as in protect(model=model)")
     if problems:
@@ -98,7 +104,13 @@ def protect(
             stacklevel=2,
         )
     return Protection(
-        objects, every=every, stall_budget=stall_budget, replicas=replicas, save_frozen=save_frozen, place=place
+        objects,
+        every=every,
+        stall_budget=stall_budget,
+        replicas=replicas,
+        save_frozen=save_frozen,
+        refuse_nonfinite=refuse_nonfinite,
+        place=place,
     )
 
 
@@ -114,6 +126,7 @@ class Protection:
         place: Place | None,
         stall_budget: float = STALL_BUDGET,
         save_frozen: bool = True,
+        refuse_nonfinite: bool = False,
     ) -> None:
         self.step = 0
         """Completed steps."""
@@ -127,6 +140,7 @@ class Protection:
         self._plan: Plan | None = None
         self._signature: tuple[Any, ...] = ()
         self._checked_replicas = False
+        self._refuse_nonfinite, self._refusals = refuse_nonfinite, 0
         self._idle = threading.Event()
         self._idle.set()
         self._failure: Exception | None = None
@@ -164,8 +178,12 @@ class Protection:
                 f"{link.place.world_size}. It is kept: bring the job back with {facts['world_size']} ranks, or start "
                 "anew with another --rdzv-id"
             )
-        loader = Loader(link.shard, self._rank)
-        loader.load(self._objects, self._collector)
+        try:
+            loader = Loader(link.shard, self._rank)
+            loader.load(self._objects, self._collector)
+        except DamageError as error:
+            link.reject(str(error))  # else every restart would fail at this same step
+            raise
         for problem in self._buckets.restore(loader.described(BUCKETS)):
             self._say_of_buckets(problem)
         if self._frozen is not None:
@@ -254,22 +272,44 @@ class Protection:
                     f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
                     "in optimizer.step(), or before end_step()"
                 )
-            if self._frozen is not None and (thawed := self._frozen.changed()):
-                link.abort()
-                self._frozen.thaw(thawed)
-                print(
-                    f"refound: {thawed[0]} changes although it requires no gradients ({len(thawed)} such); saved from "
-                    f"the next snapshot on, none is taken at step {job.step}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                return
-            link.complete(job.step, sums, checks, self._interval.agreed(link, job.step))
-            self._checked_replicas, self._last_snapshot = True, job.step
+            objection = self._thaw(job.step) or self._objection(job)
+            link.complete(job.step, sums, checks, self._interval.agreed(link, job.step), objection)
+            if not objection:
+                self._checked_replicas, self._last_snapshot = True, job.step
         except Exception as error:
             self._failure = error
         finally:
             self._idle.set()
+
+    def _thaw(self, step: int) -> str:
+        """Why this snapshot must not be committed: parameters that it leaves out have changed all the same."""
+        changed = self._frozen.changed() if self._frozen is not None else []
+        if self._frozen is None or not changed:
+            return ""
+        self._frozen.thaw(changed)
+        words = f"{changed[0]} changes although it requires no gradients ({len(changed)} such)"
+        print(
+            f"refound: {words}; saved from the next snapshot on, none is taken at step {step}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return words
+
+    def _objection(self, job: "_Job") -> str:
+        """Why this snapshot must not be committed. Raises NonFiniteStateError when that has been so for too long."""
+        bad = first_nonfinite(job.plan, job.leaves) if self._refuse_nonfinite else None
+        if bad is None:
+            self._refusals = 0
+            return ""
+        self._refusals += 1
+        words = f"{bad} of rank {self._rank} holds NaN or Inf at step {job.step}"
+        if self._refusals > MOST_REFUSALS:
+            raise NonFiniteStateError(
+                f"{words}, as in the {MOST_REFUSALS} snapshots before, none of which was taken. A restart goes back to "
+                "the last good one; look at the learning rate, the data, or the loss scale"
+            )
+        print(f"refound: {words}: no snapshot is taken of it, the last good one stays", file=sys.stderr, flush=True)
+        return words
 
     def _before_optimizer_step(self, *_: Any) -> None:
         """The copy must be over before the state changes. This wait is the stall."""

@@ -20,6 +20,7 @@ from .errors import DamageError, SnapshotError, StaleWriterError
 from .exchange import PIECE_BUCKETS
 from .held import Held, ShardRecord, bucket_checksums, failing_buckets, record_buckets
 from .keeper import Keeper
+from .manifest import vector_of
 from .peers import Peers, fetch_record
 from .rebuild import intact_symbols
 from .slots import Segment
@@ -108,7 +109,7 @@ class Recovery:
             place = functools.partial(self._write_data, first)
             asks += self._asks(stripe, symbol, offsets, place)
         self._fill(asks)
-        self._prove_data()
+        self._prove_data(set(wanted))
 
     def _shard_memory(self, rank: int, record: ShardRecord) -> Segment:
         """A slot of this rank's pool, so that later snapshots use it too."""
@@ -128,11 +129,15 @@ class Recovery:
             segment.array[offset : offset + size] = rebuilt[done : done + size]
             done += size
 
-    def _prove_data(self) -> None:
+    def _prove_data(self, rebuilt: set[int]) -> None:
         held = self._held
-        for rank, record in held.own.items():
+        for rank, record, first in vector_of(held.own):
             if bad := failing_buckets(held.shards[rank].array, record.checksums):
-                raise DamageError(f"rank {rank} of {held.id}: rebuilt buckets {bad[:4]} fail their checksums")
+                reason = f"rank {rank} of {held.id}: rebuilt buckets {bad[:4]} fail their checksums"
+                if not rebuilt.isdisjoint(first + bucket for bucket in bad):
+                    # All that it was rebuilt from was proven, so its parity is wrong and would be wrong again.
+                    self._keeper.give_up_on(held.id, reason)
+                raise DamageError(reason)
         with self._keeper.changed:
             self._peers.check()
             held.data_complete, held.damaged_data = True, set()

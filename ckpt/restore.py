@@ -68,6 +68,17 @@ class Restore:
                     self._keeper.fetched[rank] = segment
             return segment, self._records[rank]
 
+    def reject(self, reason: str) -> None:
+        """A worker had a proven shard and could not make a state of it: the next rendezvous goes on from another."""
+        snapshot = self._decision.snapshot
+        if snapshot is None:
+            raise SnapshotError("there is no snapshot to restore")
+        if self._decision.source == "disk":
+            checkpoints.set_aside(Path(self._keeper.conf.checkpoint_dir), snapshot, reason)
+            self._keeper.event("checkpoint damaged", step=snapshot.step, error=reason)
+        else:
+            self._keeper.give_up_on(snapshot, reason)
+
     def _ended(self) -> bool:
         return not self._keeper.is_open or self._keeper.generation != self._decision.generation
 

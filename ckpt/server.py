@@ -7,6 +7,7 @@ the memfd, so the serving side copies nothing.
 
 import contextlib
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .stripes import BUCKET_BYTES
 from .wire import MAX_COUNT, Message
 
 _AUTHENTICATE_TIMEOUT = timedelta(seconds=5)
+_RANKS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})+")
 _SEND_TIMEOUT = timedelta(seconds=60)
 
 Part = tuple[int, int, int]
@@ -59,7 +61,7 @@ class PeerServer:
         address: str,
         *,
         prepared: Callable[[SnapshotId], None],
-        committed: Callable[[SnapshotId, bool], None],
+        committed: Callable[[SnapshotId, bool, str], None],
         persisted: Callable[..., None],
         finished: Callable[[SnapshotId, int], None],
         over: Callable[[], None],
@@ -126,12 +128,13 @@ class PeerServer:
             checks = checked_replicas(message)
             with self._keeper.changed:
                 self._keeper.tuning.heard(snapshot, message)
-            if self._keeper.note_prepared(snapshot, _integer(message, "position"), checks):
+            position, objection = _integer(message, "position"), str(message.get("objection") or "")[:2000]
+            if self._keeper.note_prepared(snapshot, position, checks, objection):
                 self._prepared(snapshot)
         elif op == "commit":
             with self._keeper.changed:
                 self._keeper.tuning.decided(snapshot, message)
-            self._committed(snapshot, bool(message.get("persist")))
+            self._committed(snapshot, bool(message.get("persist")), str(message.get("objection") or "")[:2000])
         elif op == "persisted":
             self._persisted(snapshot, _integer(message, "position"), durable=message.get("durable") is True)
         elif op == "finished":
@@ -221,6 +224,8 @@ def checked_replicas(message: Message) -> dict[str, int]:
     raw = message.get("replica_checks")
     if not isinstance(raw, dict) or not all(isinstance(value, int) for value in raw.values()):
         raise ProtocolError("malformed message: replica_checks")
+    if not all(_RANKS.fullmatch(ranks) for ranks in raw):
+        raise ProtocolError("malformed message: replica_checks name no ranks")
     return raw
 
 

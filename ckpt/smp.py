@@ -29,6 +29,7 @@ from .paths import private_dir, socket_path
 from .rebuild import Rebuilder, Rebuilds
 from .recovery import Recovery
 from .restore import Restore
+from .scrub import Scrubber
 from .server import PeerServer
 from .telemetry import Telemetry
 from .wire import Message
@@ -55,7 +56,7 @@ class Process:
             self.keeper,
             address,
             prepared=lambda snapshot: self._with_control().everyone_prepared(snapshot),
-            committed=lambda snapshot, persist: self._with_control().told_committed(snapshot, persist),
+            committed=lambda snapshot, *more: self._with_control().told_committed(snapshot, *more),
             persisted=self._writer.note_part,
             finished=lambda snapshot, position: self._with_control().note_finished(snapshot, position),
             over=lambda: self._with_control().over(),
@@ -132,6 +133,7 @@ class Process:
             secret_check="",
             held=tuple(held),
             checkpoints=tuple(checkpoints),
+            refused=tuple(sorted(keeper.given_up)),
         )
 
     def _open(self, views: list[NodeView], secret: str) -> None:
@@ -144,6 +146,7 @@ class Process:
         self._control = Control(self.keeper, decision, key, self._writer)
         self._control.start()
         Exchange(self.keeper, decision, key, self._control.prepared).start()
+        Scrubber(self.keeper, decision, key).start()
         if baseline:
             Recovery(self.keeper, decision, key, baseline).start()
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # The kernels are in Triton's dialect, which has no starred tuples and whose types are not Python's.
 # ruff: noqa: RUF005
-# pyright: reportMissingImports=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportPrivateImportUsage=false
 """The primitive as one Triton kernel: each input is read once into registers, each output written once.
 
 The program of XORs and doublings is a compile-time constant, unrolled: a new matrix costs one compilation,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from refound.ckpt.agreement import NodeView
-from refound.ckpt.attach import Attachment, attach
+from refound.ckpt.attach import Attachment, _started, attach
 from refound.ckpt.client import stop_job
 from refound.ckpt.conf import PluginConfig
 from refound.ckpt.copier import SlotMemory
@@ -68,6 +68,9 @@ class Alone:
             client.sock.settimeout(60)
             client.sock.recv(1)  # its end of the socket closes then
             client.close()
+            for process in _started:
+                if process.pid == client.pid:
+                    process.wait(60)
 
 
 @contextmanager

@@ -176,6 +176,7 @@ class Cluster:
     def __init__(self, k: int, m: int, shards: Sequence[Sequence[int]], seed: int = 0, **conf: Any) -> None:
         """shards: for each position, the buckets of each of its ranks."""
         self.job = f"cluster-{next(_jobs)}"
+        conf = {"scrub_mb_s": 0.0, **conf}  # tests that make memory bad want to be the ones to find it
         self.conf = PluginConfig(**{"k": k, "m": m, **conf}) if m else PluginConfig(**conf)
         self.shards = [list(ranks) for ranks in shards]
         firsts = [0, *itertools.accumulate(map(len, self.shards))]
@@ -223,7 +224,7 @@ class Cluster:
         for node in self.nodes:
             keeper = node.keeper
             wait_for(keeper, lambda k=keeper: k.trouble or (k.committed is not None and k.committed >= snapshot))
-            assert keeper.trouble is None
+            assert keeper.trouble is None, keeper.trouble
 
     def replace(self, *positions: int) -> None:
         """These nodes are lost; empty ones come in their stead, under new names."""

@@ -5,6 +5,7 @@ The tests share a running job (a job costs ten seconds to start), in any order: 
 and looks at what came of it. The last one lets it end.
 """
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ class Shared:
 
     def take(self) -> Job:
         if self._job is None:
-            self._job = Job(self._folders.mktemp("shared"), kind="fsdp").start()
+            # No scrubber: these tests make memory bad and want a restart to find it.
+            self._job = Job(self._folders.mktemp("shared"), kind="fsdp", conf="scrub_mb_s=0").start()
             self.step = 0
         return self._job
 
@@ -151,9 +153,11 @@ def test_a_node_that_was_rebuilt_protects_the_others(job: Job) -> None:
 
 def corrupt(job: Job, node: int, name: str, offset: int) -> None:
     """Flip a bit in every memfd of this name of the node's snapshot process, as bad memory would."""
-    descriptors = Path(f"/proc/{job.status(node)['pid']}/fd").iterdir()
-    # By inode, since a mapping has a descriptor of its own
-    found = {path.stat().st_ino: path for path in descriptors if f"/memfd:{name}" in str(path.readlink())}
+    found: dict[int, Path] = {}
+    for path in Path(f"/proc/{job.status(node)['pid']}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a connection that is just closed
+            if f"/memfd:{name}" in str(path.readlink()):
+                found[path.stat().st_ino] = path  # by inode, since a mapping has a descriptor of its own
     assert found
     for path in found.values():
         with path.open("r+b") as memory:
