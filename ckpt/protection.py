@@ -293,10 +293,11 @@ class Protection:
 
     # --- ending ------------------------------------------------------------------------------------------------
 
-    def close(self, timeout: timedelta = timedelta(seconds=60)) -> bool:
+    def close(self, timeout: timedelta = timedelta(seconds=60), *, done: bool = True) -> bool:
         """The job is done: wait until all nodes hold the last snapshot. True if they do.
 
         Call it last. When all ranks have, a node that is lost has nothing left to lose and is not waited for.
+        done: False if the script has more to do than train, so that a node which is lost then is still waited for.
         """
         self._wait()
         link, self._link = self._link, None
@@ -305,7 +306,7 @@ class Protection:
             return False
         try:
             committed = self._is_committed(link, timeout)
-            if committed:
+            if committed and done:
                 link.finish()
             return committed
         except (OSError, StaleWriterError):
