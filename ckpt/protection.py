@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -84,8 +84,6 @@ def protect(
         if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)))
     ]
     problems += interval_problems(every, stall_budget)
-    if every == "auto" and not save_frozen:
-        problems.append("every='auto' and save_frozen=False do not go together yet: give every= a number")
     if not objects:
         problems.append("nothing to protect: name at least a model, as in protect(model=model)")
     if problems:
@@ -239,11 +237,21 @@ class Protection:
         ]
         ready = self._copier.ready_event()
         self._idle.clear()
-        job = _Job(step=self.step, plan=self._plan, header=header, leaves=leaves, ready=ready, watched=_watch(state))
+        job = _Job(
+            step=self.step,
+            state=state,
+            plan=self._plan,
+            header=header,
+            leaves=leaves,
+            ready=ready,
+            watched=_watch(state),
+        )
         threading.Thread(target=self._copy, args=(link, job), name="snapshot", daemon=True).start()
 
     def _copy(self, link: Link, job: "_Job") -> None:
         try:
+            if self._frozen is not None and (thawed := self._frozen.changed()):
+                job = self._with_thawed(job, thawed)
             slot = link.begin(job.step, job.plan.size_bytes)
             sums = self._copier.fill(job.plan, job.leaves, job.header, slot, job.ready)
             checks = {} if self._checked_replicas else _replica_checks(job.plan, job.leaves)
@@ -254,22 +262,31 @@ class Protection:
                     f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
                     "in optimizer.step(), or before end_step()"
                 )
-            if self._frozen is not None and (thawed := self._frozen.changed()):
-                link.abort()
-                self._frozen.thaw(thawed)
-                print(
-                    f"refound: {thawed[0]} changes although it requires no gradients ({len(thawed)} such); saved from "
-                    f"the next snapshot on, none is taken at step {job.step}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                return
             link.complete(job.step, sums, checks, self._interval.agreed(link, job.step))
             self._checked_replicas, self._last_snapshot = True, job.step
         except Exception as error:
             self._failure = error
         finally:
             self._idle.set()
+
+    def _with_thawed(self, job: "_Job", paths: list[str]) -> "_Job":
+        """The same snapshot, with parameters that turn out to change although they require no gradients."""
+        assert self._frozen is not None
+        print(
+            f"refound: {paths[0]} changes although it requires no gradients ({len(paths)} such), so it is saved from "
+            f"step {job.step} on",
+            file=sys.stderr,
+            flush=True,
+        )
+        state = self._collector.thawed(job.state, paths)
+        self._frozen.thaw(paths)
+        self._plan = None  # that of the next step is another
+        objects = json.dumps(state.objects, separators=(",", ":")).encode()
+        plan = make_plan(state, self._rank, len(objects))
+        header = plan.header(objects)
+        assert header is not None
+        leaves = [*job.leaves, *state.leaves[len(job.leaves) :]]
+        return replace(job, state=state, plan=plan, header=header, leaves=leaves)
 
     def _before_optimizer_step(self, *_: Any) -> None:
         """The copy must be over before the state changes. This wait is the stall."""
@@ -332,9 +349,11 @@ class _Job:
     """One snapshot on its way into a slot."""
 
     step: int
+    state: State
     plan: Plan
     header: bytes
     leaves: list[Any]
+    """Those of the state, or copies of them."""
     ready: Any
     watched: list[tuple[str, torch.Tensor, int]]
     """Leaves that are copied while training runs, with autograd's count of in-place changes to each."""
