@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import UnsupportedStateError
-from .tree import Json, encode
+from .tree import Json, encode, held
 from .zero import Placed, ZeroState
 
 if TYPE_CHECKING:
@@ -88,6 +88,20 @@ class Collector:
             )
         state.objects[RNG] = encode(random_state(), RNG, lambda path, t: self._leaf(state, known, _no_role, path, t))
         return state
+
+    def thawed(self, state: State, paths: list[str]) -> State:
+        """`state` with these frozen parameters in it, which it knows and does not hold; their leaves come last."""
+        found = State(objects=state.objects, leaves=list(state.leaves))
+        known: dict[tuple[Any, ...], int] = {}
+
+        def number(path: str) -> int | None:
+            if self._frozen is None or path not in paths or (frozen := self._frozen.get(path)) is None:
+                return None
+            owner = next(name for name in self._objects if path.startswith(f"{name}/"))
+            return self._leaf(found, known, _roles(self._objects[owner], owner), path, frozen.parameter)
+
+        found.objects = {name: held(data, number) for name, data in state.objects.items()}
+        return found
 
     def _absent(self, path: str) -> dict[str, Any] | None:
         """The facts of a tensor that is left out."""

@@ -186,8 +186,20 @@ def _write_dcp(whole: Whole, facts: dict[str, Any], folder: Path) -> None:
         data = torch.from_numpy(whole.tensor(0, slot).copy())
         return data.view(getattr(torch, slot.dtype)).reshape(whole.shape(slot))
 
-    state: dict[str, Any] = {name: decode(data, tensor) for name, data in whole.objects().items() if name != RNG}
+    absent = object()  # in the place of frozen parameters, which a snapshot may leave out
+    objects = {name: data for name, data in whole.objects().items() if name != RNG}
+    state: dict[str, Any] = {
+        name: _without(decode(data, tensor, lambda _: absent), absent)  # type: ignore[arg-type,return-value]
+        for name, data in objects.items()
+    }
     state["refound"] = {name: facts[name] for name in ("step", "generation", "world_size", "job")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as intended: one process writes it all
         save(state, checkpoint_id=folder, no_dist=True)
+
+
+def _without(value: Any, absent: object) -> Any:
+    """Nested dicts without the entries that are `absent`."""
+    if not isinstance(value, dict):
+        return value
+    return type(value)((key, _without(item, absent)) for key, item in value.items() if item is not absent)

@@ -22,24 +22,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint import (
+from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
-    SavePlan,
-    SavePlanner,
-    StorageReader,
-    StorageWriter,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from .collect import Leaf, State
 from .copier import Copier
-from .errors import ConfigError, LayoutMismatchError, SnapshotError, WorldSizeError
+from .errors import ConfigError, LayoutMismatchError, SnapshotError, StaleWriterError, WorldSizeError
 from .link import Link, Place
 from .shard import Shard, make_plan
 from .tree import Json, decode, encode
@@ -65,6 +71,7 @@ class DcpMemory:
         """Whether there is a checkpoint to load."""
         self.step: int = facts["step"] if self.saved else 0
         """How many checkpoints this job has saved."""
+        self._found = self.step
         if self.saved and facts["world_size"] != place.world_size:
             raise WorldSizeError(
                 f"the checkpoint in memory was saved by {facts['world_size']} ranks and this group has "
@@ -77,8 +84,14 @@ class DcpMemory:
         raise ConfigError("DcpMemory belongs to one process: use async_save with threads, which is its default")
 
     def close(self) -> None:
-        """The job is over."""
-        self.link.close()
+        """The job is done. Call it last: when all ranks have, a node that is lost is not waited for."""
+        try:
+            if self.step == self._found or self.link.wait_committed(self.step, _COMMIT_MS):
+                self.link.finish()
+        except (OSError, StaleWriterError):
+            pass  # the snapshot process has gone, or this group is being replaced: nothing is left to say
+        finally:
+            self.link.close()
 
 
 class MemoryWriter(StorageWriter):

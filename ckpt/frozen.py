@@ -6,8 +6,9 @@ and has not changed since. The script makes it anew in every start, as it must b
 holds only its checksum.
 
 Promised: a restore has the very same frozen bits as the snapshot's job, or is refused before anything is changed. What
-changes although it requires no gradients (the moving average of a teacher) is noticed, by its bytes, and saved from the
-next snapshot on. Not promised: a job whose script cannot make its base again; leave save_frozen as it is for that one.
+changes although it requires no gradients (the moving average of a teacher) is noticed, by its bytes, in the first
+snapshot after the change, and saved from that one on. Not promised: a job whose script cannot make its base again;
+leave save_frozen as it is for that one.
 """
 
 from collections.abc import Iterable, Iterator

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -257,11 +257,21 @@ class Protection:
         ]
         ready = self._copier.ready_event()
         self._idle.clear()
-        job = _Job(step=self.step, plan=self._plan, header=header, leaves=leaves, ready=ready, watched=_watch(state))
+        job = _Job(
+            step=self.step,
+            state=state,
+            plan=self._plan,
+            header=header,
+            leaves=leaves,
+            ready=ready,
+            watched=_watch(state),
+        )
         threading.Thread(target=self._copy, args=(link, job), name="snapshot", daemon=True).start()
 
     def _copy(self, link: Link, job: "_Job") -> None:
         try:
+            if self._frozen is not None and (thawed := self._frozen.changed()):
+                job = self._with_thawed(job, thawed)
             slot = link.begin(job.step, job.plan.size_bytes)
             sums = self._copier.fill(job.plan, job.leaves, job.header, slot, job.ready)
             checks = {} if self._checked_replicas else _replica_checks(job.plan, job.leaves)
@@ -272,7 +282,7 @@ class Protection:
                     f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
                     "in optimizer.step(), or before end_step()"
                 )
-            objection = self._thaw(job.step) or self._objection(job)
+            objection = self._objection(job)
             link.complete(job.step, sums, checks, self._interval.agreed(link, job.step), objection)
             if not objection:
                 self._checked_replicas, self._last_snapshot = True, job.step
@@ -281,19 +291,24 @@ class Protection:
         finally:
             self._idle.set()
 
-    def _thaw(self, step: int) -> str:
-        """Why this snapshot must not be committed: parameters that it leaves out have changed all the same."""
-        changed = self._frozen.changed() if self._frozen is not None else []
-        if self._frozen is None or not changed:
-            return ""
-        self._frozen.thaw(changed)
-        words = f"{changed[0]} changes although it requires no gradients ({len(changed)} such)"
+    def _with_thawed(self, job: "_Job", paths: list[str]) -> "_Job":
+        """The same snapshot, with parameters that turn out to change although they require no gradients."""
+        assert self._frozen is not None
         print(
-            f"refound: {words}; saved from the next snapshot on, none is taken at step {step}",
+            f"refound: {paths[0]} changes although it requires no gradients ({len(paths)} such), so it is saved from "
+            f"step {job.step} on",
             file=sys.stderr,
             flush=True,
         )
-        return words
+        state = self._collector.thawed(job.state, paths)
+        self._frozen.thaw(paths)
+        self._plan = None  # that of the next step is another
+        objects = json.dumps(state.objects, separators=(",", ":")).encode()
+        plan = make_plan(state, self._rank, len(objects))
+        header = plan.header(objects)
+        assert header is not None
+        leaves = [*job.leaves, *state.leaves[len(job.leaves) :]]
+        return replace(job, state=state, plan=plan, header=header, leaves=leaves)
 
     def _objection(self, job: "_Job") -> str:
         """Why this snapshot must not be committed. Raises NonFiniteStateError when that has been so for too long."""
@@ -333,10 +348,11 @@ class Protection:
 
     # --- ending ------------------------------------------------------------------------------------------------
 
-    def close(self, timeout: timedelta = timedelta(seconds=60)) -> bool:
+    def close(self, timeout: timedelta = timedelta(seconds=60), *, done: bool = True) -> bool:
         """The job is done: wait until all nodes hold the last snapshot. True if they do.
 
         Call it last. When all ranks have, a node that is lost has nothing left to lose and is not waited for.
+        done: False if the script has more to do than train, so that a node which is lost then is still waited for.
         """
         self._wait()
         link, self._link = self._link, None
@@ -345,7 +361,7 @@ class Protection:
             return False
         try:
             committed = self._is_committed(link, timeout)
-            if committed:
+            if committed and done:
                 link.finish()
             return committed
         except (OSError, StaleWriterError):
@@ -371,9 +387,11 @@ class _Job:
     """One snapshot on its way into a slot."""
 
     step: int
+    state: State
     plan: Plan
     header: bytes
     leaves: list[Any]
+    """Those of the state, or copies of them."""
     ready: Any
     watched: list[tuple[str, torch.Tensor, int]]
     """Leaves that are copied while training runs, with autograd's count of in-place changes to each."""

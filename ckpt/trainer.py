@@ -36,7 +36,7 @@ _PROGRESS = (
 class TrainerCallback(transformers.TrainerCallback):
     """Give one to `Trainer(callbacks=[…])`. `every` and `save_frozen` are those of `protect`."""
 
-    def __init__(self, *, every: int = 1, save_frozen: bool = True) -> None:
+    def __init__(self, *, every: int | str = 1, save_frozen: bool = True) -> None:
         """Raises ConfigError if this version of transformers cannot be resumed."""
         _install()
         self._every, self._save_frozen = every, save_frozen
@@ -93,7 +93,7 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._job is not None:
             self._end_steps(state)
-            self._job.close()
+            self._job.close(done=False)  # most scripts save the model after train()
             self._job, self._over = None, True
 
     def _end_steps(self, state: TrainerState) -> None:

@@ -180,3 +180,15 @@ def absent_tensors(data: Json) -> dict[str, dict[str, Any]]:
         for item in data.values():
             found |= absent_tensors(item)
     return found
+
+
+def held(data: Json, number: Callable[[str], int | None]) -> Json:
+    """`data` with absent tensors that are held now: `number(path)` gives a tensor's number, or None to leave it."""
+    if isinstance(data, list):
+        return [held(item, number) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if ABSENT in data:
+        found = number(data[ABSENT]["path"])
+        return data if found is None else {"$tensor": found}
+    return {key: held(item, number) for key, item in data.items()}

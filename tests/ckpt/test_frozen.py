@@ -2,6 +2,8 @@
 """Parameters that do not train: left out of snapshots, proven at a restore, and saved once they change after all."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from refound.ckpt.collect import Collector
+from refound.ckpt.convert import convert
 from refound.ckpt.copier import Copier, SlotMemory
 from refound.ckpt.errors import DamageError, LayoutMismatchError
 from refound.ckpt.frozen import FrozenSet, size_hint, word_sum
@@ -17,6 +20,8 @@ from refound.ckpt.loader import Loader
 from refound.ckpt.shard import Shard, make_plan
 from refound.ckpt.slots import Segment
 from refound.ckpt.tree import absent_tensors, decode
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 
 class Adapted(torch.nn.Module):
@@ -142,6 +147,26 @@ def test_a_reader_that_knows_nothing_of_it_is_not_led_astray() -> None:
     }
     with pytest.raises(DamageError, match="does not hold"):
         decode(facts["model"], lambda number: torch.zeros(number))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_conversion_holds_what_trains(tmp_path: Path) -> None:
+    """As an adapter's own files do; the rest is named, with its checksum."""
+    objects = training()
+    train(objects)
+    shard = shard_of(objects, FrozenSet(objects))
+    facts = {"step": 1, "generation": 1, "world_size": 1, "job": "test"}
+    source: Any = SimpleNamespace(shard=lambda _: shard, facts=facts)
+    convert(source, tmp_path / "plain", "safetensors")
+    held = {"adapter.weight", "adapter.bias", "seen"}
+    assert set(load_file(tmp_path / "plain" / "model.safetensors")) == held
+    about = json.loads((tmp_path / "plain" / "refound.json").read_text())
+    assert set(absent_tensors(about)) == {
+        f"model/{name}.{part}" for name in ("base", "tied") for part in ("weight", "bias")
+    }
+    convert(source, tmp_path / "dcp", "dcp")
+    saved = FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
+    assert {name for name in saved if name.startswith("model.")} == {f"model.{name}" for name in held}
 
 
 def test_a_large_frozen_part_is_pointed_out() -> None:

@@ -22,7 +22,7 @@ def live_through(name: str) -> None:
 
 
 def test_what_changes_without_gradients_is_saved_and_another_base_is_refused() -> None:
-    """With save_frozen=False: a teacher that follows by moving average is noticed, and comes back."""
+    """With save_frozen=False: a teacher that follows by moving average is noticed in time, and comes back."""
     live_through("teacher")
 
 
