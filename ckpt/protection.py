@@ -28,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ..erasure import checksum
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
-from .errors import ConfigError, SnapshotError, WorldSizeError
+from .errors import ConfigError, LayoutMismatchError, SnapshotError
 from .link import Link, Place
 from .loader import Loader
+from .reshape import Reshaper
 from .shard import Plan, make_plan, signature
 
 _EXIT_WAIT = timedelta(seconds=30)
@@ -46,6 +47,8 @@ class Restored:
     seconds: float
     notes: tuple[str, ...]
     """Why not from something newer."""
+    world_size: int
+    """Ranks that took the snapshot."""
 
 
 def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protection":
@@ -58,7 +61,7 @@ def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protec
     warns once and protects nothing.
 
     Raises ConfigError (not protectable), LayoutMismatchError (the snapshot is of other tensors), WorldSizeError
-    (of another number of ranks), DamageError (it could not be proven).
+    (some state differs by rank and the number of ranks has changed), DamageError (it could not be proven).
     """
     problems = [
         f"{name!r} ({type(value).__name__}) has no state_dict and load_state_dict"
@@ -121,20 +124,32 @@ class Protection:
         facts = link.restore_facts()
         if facts["source"] == "start":
             return
-        if facts["world_size"] != link.place.world_size:
-            raise WorldSizeError(
-                f"the snapshot of step {facts['step']} was taken by {facts['world_size']} ranks and this group has "
-                f"{link.place.world_size}. It is kept: bring the job back with {facts['world_size']} ranks, or start "
-                "anew with another --rdzv-id"
-            )
-        Loader(link.shard, self._rank).load(self._objects, self._collector)
+        self._load(link, facts["world_size"])
         self.step = self._last_snapshot = facts["step"]
         self.restored = Restored(
             step=self.step,
             source=facts["source"],
             seconds=round(time.monotonic() - started, 3),
             notes=tuple(facts["notes"]),
+            world_size=facts["world_size"],
         )
+
+    def _load(self, link: Link, saved_world_size: int) -> None:
+        """From this rank's own shard where it fits as it is; else from the parts of all that this rank now needs."""
+        place, misfit = link.place, None
+        if saved_world_size == place.world_size:
+            try:
+                Loader(link.shard, place.rank).load(self._objects, self._collector)
+                return
+            except LayoutMismatchError as error:
+                misfit = error  # only the layout may have changed
+        reshaper = Reshaper(
+            link.ranges, rank=place.rank, world_size=place.world_size, saved_world_size=saved_world_size
+        )
+        try:
+            reshaper.load(self._objects)
+        except LayoutMismatchError as error:
+            raise misfit or error from None
 
     # --- saving ------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from .keeper import Keeper
 from .peers import Peers, fetch_record
 from .rebuild import intact_symbols
 from .slots import Segment
-from .stripes import BUCKET_BYTES, Stripe
+from .stripes import BUCKET_BYTES, Stripe, runs
 from .wire import Message
 
 _IN_FLIGHT_A_NODE = 2
@@ -176,7 +176,7 @@ class Recovery:
     ) -> list["Ask"]:
         """What to ask of whom to get a symbol at `buckets`."""
         asks: list[Ask] = []
-        for start, count in _runs(buckets):
+        for start, count in runs(buckets, PIECE_BUCKETS):
             # Together these buckets may miss too many symbols while each of them alone does not.
             whole = len(intact_symbols(self._held, self._decision, stripe, start, count)) >= self._held.group.k
             for at in [(start, count)] if whole else [(start + i, 1) for i in range(count)]:
@@ -231,14 +231,3 @@ class Ask:
     def message(self, snapshot: SnapshotId) -> Message:
         place = {"stripe": self.stripe, "symbol": self.symbol, "start": self.start, "count": self.count}
         return {"op": "rebuild", "generation": snapshot.generation, "step": snapshot.step, **place}
-
-
-def _runs(buckets: list[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring buckets together, at most PIECE_BUCKETS: (first, count)."""
-    at = 0
-    while at < len(buckets):
-        end = at + 1
-        while end < len(buckets) and buckets[end] == buckets[end - 1] + 1 and end - at < PIECE_BUCKETS:
-            end += 1
-        yield buckets[at], end - at
-        at = end

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a worker's shards come from: this node's memory, another node's, or the disk."""
 
+import itertools
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import checkpoints
 from .agreement import Decision, HeldView
 from .errors import DamageError, SnapshotError
-from .held import ShardRecord, failing_buckets, unpack_record
+from .held import ShardRecord, failing_buckets
 from .keeper import Keeper
-from .peers import Peers, read_message
+from .peers import Peers, fetch_record, read_message
 from .slots import Segment
-from .stripes import BUCKET_BYTES
+from .stripes import BUCKET_BYTES, runs
 
 _READ_BUCKETS = 16
 
@@ -23,6 +25,10 @@ class Restore:
     def __init__(self, keeper: Keeper, decision: Decision, key: bytes) -> None:
         self._keeper, self._decision, self._key = keeper, decision, key
         self._records: dict[int, ShardRecord] = {}
+        self._missing: dict[int, set[int]] = {}
+        """Rank → buckets of its shard that have not been read from its node yet."""
+        self._first: dict[int, int] = {}
+        """Rank → where its shard begins in its position's vector, in buckets."""
         self._lock = threading.Lock()
 
     def facts(self) -> dict[str, Any]:
@@ -39,8 +45,10 @@ class Restore:
             facts["world_size"] = self._from_disk(lambda root, id: checkpoints.facts_of(root, id))["world_size"]
         return facts
 
-    def shard(self, rank: int) -> tuple[Segment, ShardRecord]:
+    def shard(self, rank: int, spans: Sequence[range] | None = None) -> tuple[Segment, ShardRecord]:
         """One rank's shard, proven; waits for a rebuild that is under way.
+
+        spans: the buckets that are needed, where all would be a waste; what lies outside them may be anything.
 
         Raises DamageError if it cannot be had whole, SnapshotError if no node knows it.
         """
@@ -61,26 +69,40 @@ class Restore:
         with self._lock:
             segment = self._keeper.fetched.get(rank)
             if segment is None:
-                segment, self._records[rank] = self._fetch(rank)
+                segment, self._records[rank] = self._from_elsewhere(rank)
                 with self._keeper.changed:
                     # It may have taken so long that another generation has begun, which must not find it.
                     self._keeper.check_open(self._decision.generation)
                     self._keeper.fetched[rank] = segment
+            if rank in self._missing:
+                self._fill(rank, segment, spans)
             return segment, self._records[rank]
 
     def _ended(self) -> bool:
         return not self._keeper.is_open or self._keeper.generation != self._decision.generation
 
-    def _fetch(self, rank: int) -> tuple[Segment, ShardRecord]:
-        snapshot = self._decision.snapshot
-        assert snapshot is not None
+    def _from_elsewhere(self, rank: int) -> tuple[Segment, ShardRecord]:
+        """A shard that this node does not hold: whole from disk, or memory for it that is still to be filled."""
         if self._decision.source == "disk":
             return self._from_disk(lambda root, id: checkpoints.read_shard(root, id, rank))
+        knower, position = self._knower_of(rank)
+        peers = Peers(self._keeper, self._decision, self._key)
+        try:
+            whole = fetch_record(peers, knower.position, knower.id, position)
+        finally:
+            peers.close()
+        record = whole[rank]
+        self._missing[rank] = set(range(record.size_bytes // BUCKET_BYTES))
+        self._first[rank] = sum(whole[r].size_bytes for r in whole if r < rank) // BUCKET_BYTES
+        return Segment(f"rank{rank}-peer", record.size_bytes, sparse=True), record
+
+    def _knower_of(self, rank: int) -> tuple[HeldView, int]:
+        """A node that knows a rank's checksums, and the position that the rank belongs to."""
         for view in self._decision.views.values():
             for position, sizes in view.sizes.items():
                 if rank in sizes:
-                    return self._pull(view, position, rank)
-        raise SnapshotError(f"no node knows rank {rank} of {snapshot}")
+                    return view, position
+        raise SnapshotError(f"no node knows rank {rank} of {self._decision.snapshot}")
 
     def _from_disk(self, read: Any) -> Any:
         root, snapshot = Path(self._keeper.conf.checkpoint_dir), self._decision.snapshot
@@ -94,31 +116,23 @@ class Restore:
                 f"{error}. The checkpoint is set aside; the restart goes on from the one before it"
             ) from error
 
-    def _pull(self, knower: HeldView, position: int, rank: int) -> tuple[Segment, ShardRecord]:
-        """Read another position's shard from the node that holds it (and has rebuilt it, where it had to)."""
-        snapshot = knower.id
-        peers = Peers(self._keeper, self._decision, self._key)
+    def _fill(self, rank: int, segment: Segment, spans: Sequence[range] | None) -> None:
+        """Read what is wanted and missing of another position's shard, from whoever holds that position."""
+        missing = self._missing[rank]
+        total = len(self._records[rank].checksums)
+        among = [range(span.start, min(span.stop, total)) for span in spans] if spans is not None else [range(total)]
+        wanted = sorted(missing.intersection(itertools.chain.from_iterable(among)))
+        _, position = self._knower_of(rank)
+        peers, snapshot = Peers(self._keeper, self._decision, self._key), self._decision.snapshot
+        assert snapshot is not None
         try:
-            ask = {
-                "op": "record",
-                "generation": snapshot.generation,
-                "step": snapshot.step,
-                "position": position,
-            }
-            reply, body = peers.request(knower.position, ask)
-            whole = unpack_record(reply.get("ranks"), body)
-            record = whole[rank]
-            first = sum(whole[r].size_bytes for r in whole if r < rank) // BUCKET_BYTES
-            segment = Segment(f"rank{rank}-peer", record.size_bytes)
-            count = record.size_bytes // BUCKET_BYTES
-            for start in range(0, count, _READ_BUCKETS):
-                wanted = min(_READ_BUCKETS, count - start)
-                _, data = peers.request(position, read_message(snapshot, "data", 0, first + start, wanted))
+            for start, count in runs(wanted, _READ_BUCKETS):
+                at = self._first[rank] + start
+                _, data = peers.request(position, read_message(snapshot, "data", 0, at, count))
                 low = start * BUCKET_BYTES
                 segment.array[low : low + len(data)] = data
         finally:
             peers.close()
-        if bad := failing_buckets(segment.array, record.checksums):
-            segment.free()
+        if bad := failing_buckets(segment.array, self._records[rank].checksums, wanted):
             raise DamageError(f"rank {rank} of {snapshot}: buckets {bad[:4]} from another node fail their checksums")
-        return segment, record
+        missing.difference_update(wanted)
