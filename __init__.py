@@ -7,9 +7,10 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Protection", "__version__", "protect"]
+__all__ = ["Position", "Protection", "__version__", "protect"]
 
 if TYPE_CHECKING:
+    from .ckpt.position import Position
     from .ckpt.protection import Protection, protect
 
 
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from .ckpt import protection
 
         return getattr(protection, name)
+    if name == "Position":
+        from .ckpt.position import Position
+
+        return Position
     raise AttributeError(f"module 'refound' has no attribute {name!r}")

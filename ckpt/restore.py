@@ -3,9 +3,11 @@
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import checkpoints
 from .agreement import Decision, HeldView
@@ -13,8 +15,9 @@ from .errors import DamageError, SnapshotError
 from .held import ShardRecord, failing_buckets
 from .keeper import Keeper
 from .peers import Peers, fetch_record, read_message
+from .rebuild import helpers
 from .slots import Segment
-from .stripes import BUCKET_BYTES, runs
+from .stripes import BUCKET_BYTES, chunk_buckets, runs
 
 _READ_BUCKETS = 16
 
@@ -88,7 +91,7 @@ class Restore:
         knower, position = self._knower_of(rank)
         peers = Peers(self._keeper, self._decision, self._key)
         try:
-            whole = fetch_record(peers, knower.position, knower.id, position)
+            whole = fetch_record(peers, self._decision.at[knower.position], knower.id, position)
         finally:
             peers.close()
         record = whole[rank]
@@ -118,21 +121,47 @@ class Restore:
 
     def _fill(self, rank: int, segment: Segment, spans: Sequence[range] | None) -> None:
         """Read what is wanted and missing of another position's shard, from whoever holds that position."""
-        missing = self._missing[rank]
-        total = len(self._records[rank].checksums)
+        missing, total, first = self._missing[rank], len(self._records[rank].checksums), self._first[rank]
         among = [range(span.start, min(span.stop, total)) for span in spans] if spans is not None else [range(total)]
         wanted = sorted(missing.intersection(itertools.chain.from_iterable(among)))
-        _, position = self._knower_of(rank)
-        peers, snapshot = Peers(self._keeper, self._decision, self._key), self._decision.snapshot
-        assert snapshot is not None
+        knower, position = self._knower_of(rank)
+        peers = Peers(self._keeper, self._decision, self._key)
         try:
-            for start, count in runs(wanted, _READ_BUCKETS):
-                at = self._first[rank] + start
-                _, data = peers.request(position, read_message(snapshot, "data", 0, at, count))
-                low = start * BUCKET_BYTES
+            if position in self._decision.at:
+                pieces = self._stored(peers, position, [first + bucket for bucket in wanted])
+            else:
+                pieces = self._rebuilt(peers, knower, position, [first + bucket for bucket in wanted])
+            for start, data in pieces:
+                low = (start - first) * BUCKET_BYTES
                 segment.array[low : low + len(data)] = data
         finally:
             peers.close()
         if bad := failing_buckets(segment.array, self._records[rank].checksums, wanted):
-            raise DamageError(f"rank {rank} of {snapshot}: buckets {bad[:4]} from another node fail their checksums")
+            raise DamageError(f"rank {rank} of {knower.id}: buckets {bad[:4]} from another node fail their checksums")
         missing.difference_update(wanted)
+
+    def _stored(self, peers: Peers, position: int, buckets: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Buckets of a position's vector, from the node that holds it (and has rebuilt it, where it had to)."""
+        snapshot = self._decision.snapshot
+        assert snapshot is not None
+        for start, count in runs(buckets, _READ_BUCKETS):
+            message = read_message(snapshot, "data", 0, start, count)
+            yield start, np.frombuffer(peers.request(self._decision.at[position], message)[1], np.uint8)
+
+    def _rebuilt(
+        self, peers: Peers, knower: HeldView, position: int, buckets: list[int]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Buckets of a position that no node holds since there are other nodes, or fewer; proven by the caller."""
+        group = next(group for group in knower.groups if position in group.members)
+        known = {p: sizes for view in self._decision.views.values() for p, sizes in view.sizes.items()}
+        chunk = chunk_buckets([sum(known[p].values()) // BUCKET_BYTES for p in group.members], group.k)
+        index, where = position - group.first, {"generation": knower.id.generation, "step": knower.id.step}
+        for number, stripe in enumerate(group.data_stripes(index)):
+            begin = number * chunk
+            offsets = [bucket - begin for bucket in buckets if begin <= bucket < begin + chunk]
+            for start, count, helper in helpers(self._decision, group, chunk, stripe, offsets):
+                place = {"stripe": stripe.number, "symbol": stripe.data.index(index), "start": start, "count": count}
+                yield (
+                    begin + start,
+                    np.frombuffer(peers.request(helper, {"op": "rebuild", **where, **place})[1], np.uint8),
+                )

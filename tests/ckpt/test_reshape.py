@@ -313,6 +313,36 @@ def test_ranks_that_drew_the_same_numbers_go_on_doing_so() -> None:
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize(("workers", "sampler"), [(0, "stateful"), (1, "stateful"), (0, "plain")])
+def test_a_stateful_loader_goes_on_with_the_same_batches_over_other_ranks(workers: int, sampler: str) -> None:
+    """4 ranks of 3 samples, then 2 ranks of 6: each sample once."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+    kind: Any = StatefulDistributedSampler if sampler == "stateful" else torch.utils.data.DistributedSampler
+    data: Any = list(range(48))
+
+    def loader(rank: int, world: int) -> Any:
+        dealt = kind(data, num_replicas=world, rank=rank, seed=5)
+        return StatefulDataLoader(data, batch_size=12 // world, sampler=dealt, num_workers=workers)
+
+    seen, shards = list[int](), []
+    for rank in range(4):
+        found = loader(rank, 4)
+        batches = iter(found)
+        seen += [n for _ in range(2) for n in next(batches).tolist()]
+        shards.append(shard_of({"data": found}, rank))
+        del batches
+    for rank in range(2):
+        found = loader(rank, 2)
+        Reshaper(Shards(shards), rank=rank, world_size=2, saved_world_size=4).load({"data": found})
+        seen += [n for batch in found for n in batch.tolist()]
+    assert sorted(seen) == data
+    with pytest.raises(WorldSizeError, match="each of 4 ranks had taken 6 samples from 'data', which 5 ranks cannot"):
+        Reshaper(Shards(shards), rank=0, world_size=5, saved_world_size=4).load({"data": loader(0, 4)})
+
+
 # --- reading in part -------------------------------------------------------------------------------------------
 
 
