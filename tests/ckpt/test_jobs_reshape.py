@@ -74,6 +74,7 @@ def test_a_node_is_lost_and_two_go_on_and_three_again(tmp_path: Path) -> None:
     """--nnodes=2:3: a node dies and nobody takes its place; what it held comes from parity. Later one joins."""
     with Job(tmp_path, nodes=3, least=2, kind="fsdp", steps=8, conf=ELASTIC, program=SCRIPT) as job:
         job.start()
+        job.wait_back_as(3, 0)  # a node that is late starts the others anew
         train_to(job, 3, ranks=3)
         generation = job.lose_node(1, restart=False)
         job.allow(5)  # the others notice when they next wait for the lost one
