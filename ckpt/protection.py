@@ -57,8 +57,8 @@ def protect(*, every: int = 1, replicas: bool = True, **objects: Any) -> "Protec
     every: steps between snapshots.
     replicas: ranks that hold the same by construction (DDP, replicated DTensor dimensions) save a part each.
 
-    Restores their state if the job has been running before, on as many ranks or others (docs/reshape.md). Without a refound agent (plain `python train.py`) it
-    warns once and protects nothing.
+    Restores their state if the job has been running before, on as many ranks or others (docs/reshape.md).
+    Without a refound agent (plain `python train.py`) it warns once and protects nothing.
 
     Raises ConfigError (not protectable), LayoutMismatchError (the snapshot is of other tensors), WorldSizeError
     (some state differs by rank and the number of ranks has changed), DamageError (it could not be proven).
