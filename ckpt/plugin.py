@@ -57,7 +57,7 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
 
     with _plain_errors():
         conf, torch_conf = parse(params.config)
-        for nodes in range(params.min_nodes, params.max_nodes + 1):
+        for nodes in range(params.min_nodes, params.max_nodes + 1) if conf.k else ():
             choose_groups(nodes, conf.k, conf.m)  # better now than when a node is lost
         _check_checkpoint_dir(conf.checkpoint_dir)
         address = params.local_addr or _address_towards(params.endpoint)
