@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from refound.ckpt.agreement import SnapshotId
+from refound.ckpt.plugin import create_handler
 from refound.ckpt.stripes import BUCKET_BYTES
+from torch.distributed.elastic.rendezvous import RendezvousParameters
 
 from .cluster import Cluster, Node, snapshot_memory
 
@@ -130,3 +132,13 @@ def test_memory_of_ranks_that_live_elsewhere_now_is_given_back() -> None:
             [1],
         ]
     assert snapshot_memory() == before
+
+
+def test_a_code_that_some_number_of_nodes_cannot_have_is_refused_at_the_start(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parameters = RendezvousParameters("refound", "127.0.0.1:0", "range", 2, 4, local_addr="127.0.0.1", k="1", m="1")
+    with pytest.raises(SystemExit) as ended:
+        create_handler(parameters)
+    assert ended.value.code == 2
+    assert "k=1,m=1 needs a multiple of 2 nodes and this job has 3" in capsys.readouterr().err
