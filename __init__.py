@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 # Without TrainerCallback, which needs transformers and would come along with *.
-__all__ = ["DcpMemory", "Protection", "__version__", "protect"]
+__all__ = ["DcpMemory", "Position", "Protection", "__version__", "protect"]
 
 if TYPE_CHECKING:
     from .ckpt.dcp import DcpMemory
+    from .ckpt.position import Position
     from .ckpt.protection import Protection, protect
     from .ckpt.trainer import TrainerCallback as TrainerCallback
 
@@ -31,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from .ckpt.dcp import DcpMemory
 
         return DcpMemory
+    if name == "Position":
+        from .ckpt.position import Position
+
+        return Position
     raise AttributeError(f"module 'refound' has no attribute {name!r}")

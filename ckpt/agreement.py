@@ -15,6 +15,8 @@ from typing import Any
 from .errors import ConfigError, ProtocolError
 from .stripes import BUCKET_BYTES, Group, choose_groups, chunk_buckets
 
+_MOST_NODES = 1 << 20
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class SnapshotId:
@@ -125,7 +127,7 @@ def _is_well_formed(view: NodeView) -> bool:
         all(isinstance(text, str) for text in texts)
         and all(isinstance(number, int) for number in (*numbers, *counts))
         and all(number >= 0 for number in counts)
-        and all(held.position < held.nodes for held in view.held)
+        and all(held.position < held.nodes <= _MOST_NODES for held in view.held)
     )
 
 
@@ -141,7 +143,11 @@ class Decision:
     """"memory", "disk" or "start"."""
     snapshot: SnapshotId | None = None
     views: dict[int, HeldView] = field(default_factory=dict)
-    """Position → what is held of `snapshot` there; missing positions hold nothing."""
+    """Position → what is held of `snapshot` there; missing positions hold nothing. Positions are those of the nodes
+    that took it, which may have been more or fewer."""
+    at: dict[int, int] = field(default_factory=dict)
+    """Position in `snapshot` → present position of the node that answers for it. With as many nodes as took it, each
+    answers for its own; else only holders do, and what nobody holds is rebuilt for whoever reads it."""
     notes: tuple[str, ...] = ()
     """Why not something newer, for people."""
 
@@ -171,6 +177,11 @@ def decide(views: Sequence[NodeView]) -> Decision:
         source = "start" if chosen is None else "memory"
     order = _order(views, holders)
     by_position = {position: holder for position, (_, holder) in holders.items()}
+    at = {
+        position: next(i for i, node in enumerate(order) if node.name == holders[position][0]) for position in holders
+    }
+    if all(view.nodes == len(views) for view in by_position.values()):
+        at |= {position: position for position in range(len(views))}
     return Decision(
         generation=generation,
         nodes=tuple(order),
@@ -178,6 +189,7 @@ def decide(views: Sequence[NodeView]) -> Decision:
         source=source,
         snapshot=chosen,
         views=by_position,
+        at=at,
         notes=tuple(notes),
     )
 
@@ -216,7 +228,7 @@ def _newest_in_memory(
         for name, held in sorted(claims, key=_least_lost):
             # A node that was given up and replaced may come back with the position its replacement holds.
             holders.setdefault(held.position, (name, held))
-        reason = why_not(len(views), {position: held for position, (_, held) in holders.items()})
+        reason = why_not({position: held for position, (_, held) in holders.items()})
         if not reason:
             return candidate, holders
         notes.append(f"{candidate} is in memory but cannot be restored: {reason}")
@@ -228,11 +240,9 @@ def _least_lost(claim: tuple[str, HeldView]) -> tuple[bool, int, bool, int, str]
     return not held.data, len(held.damaged_data), not held.parity, len(held.damaged_parity), name
 
 
-def why_not(nodes: int, views: dict[int, HeldView]) -> str:
-    """Why a snapshot cannot be restored on `nodes` nodes from these holdings; empty if it can."""
+def why_not(views: dict[int, HeldView]) -> str:
+    """Why a snapshot cannot be restored from these holdings, on however many nodes; empty if it can."""
     sample = next(iter(views.values()))
-    if sample.nodes != nodes:
-        return f"it was taken by {sample.nodes} nodes and {nodes} are here"
     known: dict[int, dict[int, int]] = {}
     for view in views.values():
         agreed = all(known.setdefault(p, sizes) == sizes for p, sizes in view.sizes.items())
@@ -304,9 +314,9 @@ def _newest_on_disk(views: Sequence[NodeView]) -> SnapshotId | None:
 
 
 def _order(views: Sequence[NodeView], holders: dict[int, tuple[str, HeldView]]) -> list[NodeView]:
-    """Every holder of a position keeps it; the others fill the gaps by name."""
+    """Every holder of a position keeps it, if there still is one; the others fill the gaps by name."""
     by_name = {view.name: view for view in views}
-    placed = {position: by_name[name] for position, (name, _) in holders.items()}
+    placed = {position: by_name[name] for position, (name, _) in holders.items() if position < len(views)}
     taken = {view.name for view in placed.values()}
     others = iter([by_name[name] for name in sorted(by_name) if name not in taken])
     return [placed[position] if position in placed else next(others) for position in range(len(views))]

@@ -186,7 +186,7 @@ class Door:
             keeper.check_open(worker.generation)
             return self._restore().facts(), b"", []
         if op == "shard":
-            segment, record = self._restore().shard(_count(message, "rank"))
+            segment, record = self._restore().shard(_count(message, "rank"), _spans(message))
             ranks, checksums = pack_record({_count(message, "rank"): record})
             return {"ranks": ranks}, checksums, [segment.read_only_fd()]
         if op == "reject":
@@ -263,6 +263,20 @@ class _Caller:
 
 def _snapshot(worker: fence.Worker, message: Message) -> SnapshotId:
     return SnapshotId(generation=worker.generation, step=_count(message, "step"))
+
+
+def _spans(message: dict[str, Any]) -> list[range] | None:
+    """Which buckets of a shard are asked for; None for all."""
+    spans = message.get("spans")
+    if spans is None:
+        return None
+    good = isinstance(spans, list) and all(
+        isinstance(span, list) and len(span) == 2 and all(type(end) is int and 0 <= end < 1 << 40 for end in span)
+        for span in spans
+    )
+    if not good:
+        raise ProtocolError("malformed message: spans are not pairs of counts")
+    return [range(low, high) for low, high in spans]
 
 
 def _count(message: dict[str, Any], name: str) -> int:

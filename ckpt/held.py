@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One snapshot as one node holds it: its ranks' shards, its parity chunks and everybody's checksums."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,12 +188,13 @@ class Held:
         return message, body
 
 
-def failing_buckets(array: np.ndarray, checksums: np.ndarray) -> list[int]:
-    """Buckets of `array` (uint8) whose CRC32C is not the one given."""
+def failing_buckets(array: np.ndarray, checksums: np.ndarray, among: Iterable[int] | None = None) -> list[int]:
+    """Buckets of `array` (uint8) whose CRC32C is not the one given; only those `among` are looked at, if given."""
+    chosen = range(len(checksums)) if among is None else [bucket for bucket in among if bucket < len(checksums)]
     return [
         bucket
-        for bucket, expected in enumerate(checksums)
-        if checksum(array[bucket * BUCKET_BYTES : (bucket + 1) * BUCKET_BYTES]) != int(expected)
+        for bucket in chosen
+        if checksum(array[bucket * BUCKET_BYTES : (bucket + 1) * BUCKET_BYTES]) != int(checksums[bucket])
     ]
 
 

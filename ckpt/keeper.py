@@ -139,12 +139,14 @@ class Keeper:
             }
             keep = decision.snapshot if decision.source == "memory" else None
             for held in list(self.held.values()):
-                if held.id != keep or held.position != self.position:
+                if held.id != keep or decision.at.get(held.position) != self.position:
                     self._drop(held)
             self._free_fetched()
             baseline = self._baseline(decision, keep) if keep else None
             if baseline and (not baseline.data_complete or baseline.damaged_data):
                 self.restored["source"] = "parity"
+            if keep and len(decision.at) < next(iter(decision.views.values())).nodes:
+                self.restored["source"] = "parity"  # of a position that no node holds
             if decision.snapshot:
                 self.restored["step"] = decision.snapshot.step
             self.event("generation", generation=self.generation, source=decision.source, notes=list(decision.notes))
@@ -152,8 +154,12 @@ class Keeper:
             self.changed.notify_all()
             return baseline
 
-    def _baseline(self, decision: Decision, keep: SnapshotId) -> Held:
+    def _baseline(self, decision: Decision, keep: SnapshotId) -> Held | None:
+        """What this node answers for of the snapshot to go on from; nothing if other nodes, or more, took it."""
         sample = next(iter(decision.views.values()))
+        self.committed, self.committed_at = keep, time.time()
+        if keep not in self.held and sample.nodes != len(decision.nodes):
+            return None
         if keep not in self.held:
             self.held[keep] = Held(
                 keep,
@@ -164,7 +170,6 @@ class Keeper:
                 m=sample.m,
             )
         self.held[keep].committed = True
-        self.committed, self.committed_at = keep, time.time()
         return self.held[keep]
 
     def check_open(self, generation: int) -> None:
@@ -409,6 +414,8 @@ class Keeper:
             self._tell("commit", {"step": snapshot.step, "commit_ms": round(self.last_commit_ms, 1)})
             for older in [h for h in self.held.values() if h.id < snapshot]:
                 self._drop(older)
+            for rank in set(self.pools) - set(held.own):
+                self._trim(rank, 0, 0)  # a rank that lives elsewhere since the job came back in another shape
             self.prepared = {i: p for i, p in self.prepared.items() if i > snapshot}
             self.replica_checks = {i: c for i, c in self.replica_checks.items() if i > snapshot}
             self._free_fetched()

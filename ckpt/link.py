@@ -12,6 +12,7 @@ from .client import Client
 from .copier import SlotMemory
 from .errors import DamageError, ProtocolError
 from .held import ShardRecord, failing_buckets, unpack_record
+from .stripes import BUCKET_BYTES, runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,19 @@ class Link:
 
     def shard(self, rank: int) -> np.ndarray:
         """A rank's shard, read-only and checked once more here. Raises DamageError if it is not what was saved."""
-        reply, body, fds = self._client.call({"op": "shard", "rank": rank})
+        return self._shard(rank, None)
+
+    def ranges(self, rank: int, ranges: list[tuple[int, int]]) -> np.ndarray:
+        """The same, of which only these byte ranges [low, high) are fetched and checked; the rest may be anything."""
+        return self._shard(
+            rank, sorted({b for low, high in ranges for b in range(low // BUCKET_BYTES, -(-high // BUCKET_BYTES))})
+        )
+
+    def _shard(self, rank: int, buckets: list[int] | None) -> np.ndarray:
+        message: dict[str, Any] = {"op": "shard", "rank": rank}
+        if buckets is not None:
+            message["spans"] = [[first, first + count] for first, count in runs(buckets, len(buckets))]
+        reply, body, fds = self._client.call(message)
         try:
             record: ShardRecord | None = unpack_record(reply.get("ranks"), body).get(rank)
             if record is None or len(fds) != 1:
@@ -74,7 +87,7 @@ class Link:
         finally:
             for fd in fds:
                 os.close(fd)
-        if bad := failing_buckets(array, record.checksums):
+        if bad := failing_buckets(array, record.checksums, buckets):
             raise DamageError(f"rank {rank}'s shard changed in memory after it was verified (buckets {bad[:4]})")
         return array
 

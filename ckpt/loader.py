@@ -49,7 +49,7 @@ class Loader:
             if isinstance(value, torch.nn.Module):
                 self._load_module(name, value, data)
             elif isinstance(value, torch.optim.Optimizer):
-                _load_optimizer(value, decode(data, lambda number: self._new_tensor(number, placements)))
+                load_optimizer(value, decode(data, lambda number: self._new_tensor(number, placements)))
             elif isinstance(value, ZeroState):
                 value.load_state_dict(
                     decode(data, lambda number: self._new_tensor(number, None), lambda facts: self._live[facts["path"]])
@@ -64,8 +64,8 @@ class Loader:
         saved, now = set(self._shard.objects) - {RNG, BUCKETS}, set(objects)
         problems = [f"the snapshot holds {name!r}, which is not protected now" for name in sorted(saved - now)]
         problems += [f"{name!r} is protected now and not in the snapshot" for name in sorted(now - saved)]
-        slots = {slot.path: slot for slot in self._shard.slots if not _is_extra(slot.path)}
-        leaves = {leaf.path: leaf for leaf in collector.collect(whole=True).leaves if not _is_extra(leaf.path)}
+        slots = {slot.path: slot for slot in self._shard.slots if not is_extra(slot.path)}
+        leaves = {leaf.path: leaf for leaf in collector.collect(whole=True).leaves if not is_extra(leaf.path)}
         self._live = {path: local(p) for path, p in parameters(objects) if path in self._absent}
         for path, facts in self._absent.items():
             leaves.pop(path, None)
@@ -78,13 +78,8 @@ class Loader:
             problems += _compare(path, slots.get(path), leaves.get(path), slots)
         for name, value in objects.items():
             if isinstance(value, torch.optim.Optimizer) and name in self._shard.objects:
-                problems += _compare_groups(name, value, self._shard.objects[name])
-        if problems:
-            more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-            raise LayoutMismatchError(
-                "the snapshot does not fit this job: " + "; ".join(problems[:_SHOWN]) + more + ". Nothing was loaded "
-                "and the snapshot is kept: run the code it was taken with, or give the changed job another --rdzv-id"
-            )
+                problems += compare_groups(name, value, self._shard.objects[name])
+        refuse(problems)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -131,8 +126,8 @@ class Loader:
         live = module.state_dict()
         rest: dict[str, Json] = {}
         with torch.no_grad():
-            for key, item in _entries(data):
-                if isinstance(item, dict) and "$tensor" in item and not _is_extra(key):
+            for key, item in entries(data):
+                if isinstance(item, dict) and "$tensor" in item and not is_extra(key):
                     tensor = live[key]
                     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                     self._read_into(self._shard.slots[item["$tensor"]], local)
@@ -143,12 +138,22 @@ class Loader:
             module.load_state_dict({**live, **extra})
 
 
-def _entries(data: Json) -> list[tuple[str, Json]]:
+def refuse(problems: list[str]) -> None:
+    """Raises LayoutMismatchError if there are any."""
+    if problems:
+        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+        raise LayoutMismatchError(
+            "the snapshot does not fit this job: " + "; ".join(problems[:_SHOWN]) + more + ". Nothing was loaded "
+            "and the snapshot is kept: run the code it was taken with, or give the changed job another --rdzv-id"
+        )
+
+
+def entries(data: Json) -> list[tuple[str, Json]]:
     """The items of an encoded state_dict."""
     return list(data.items()) if "$ordered" not in data else [(key, item) for key, item in data["$ordered"]]
 
 
-def _is_extra(path: str) -> bool:
+def is_extra(path: str) -> bool:
     """Whether a path lies in what get_extra_state() of some module gave, which set_extra_state() must get."""
     return any(part.rpartition(".")[2] == "_extra_state" for part in path.split("/"))
 
@@ -195,13 +200,14 @@ def _compare_frozen(path: str, facts: dict[str, Any], live: torch.Tensor | None)
     ]
 
 
-def _compare_groups(name: str, optimizer: torch.optim.Optimizer, data: Json) -> list[str]:
+def compare_groups(name: str, optimizer: torch.optim.Optimizer, data: Json) -> list[str]:
+    """What keeps an optimizer's saved state from its parameters of now, in words."""
     saved = [len(group["params"]) for group in data["param_groups"]]
     now = [len(group["params"]) for group in optimizer.param_groups]
     return [] if saved == now else [f"{name} had parameter groups of {saved} and has {now}"]
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Through the optimizer's own loading, then undo its one liberty: it casts state to the parameter's dtype."""
     optimizer.load_state_dict(state)
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]

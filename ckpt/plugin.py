@@ -58,8 +58,8 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
 
     with _plain_errors():
         conf, torch_conf = parse(params.config)
-        if params.min_nodes == params.max_nodes:
-            choose_groups(params.max_nodes, conf.k, conf.m)
+        for nodes in range(params.min_nodes, params.max_nodes + 1) if conf.k else ():
+            choose_groups(nodes, conf.k, conf.m)  # better now than when a node is lost
         _check_checkpoint_dir(conf.checkpoint_dir)
         address = params.local_addr or _address_towards(params.endpoint)
         attachment = attach(params.run_id, address, conf)

@@ -28,11 +28,19 @@ from ..erasure import checksum
 from .buckets import BUCKETS, Buckets
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
-from .errors import ConfigError, DamageError, NonFiniteStateError, SnapshotError, StaleWriterError, WorldSizeError
+from .errors import (
+    ConfigError,
+    DamageError,
+    LayoutMismatchError,
+    NonFiniteStateError,
+    SnapshotError,
+    StaleWriterError,
+)
 from .finite import first_nonfinite
 from .frozen import FrozenSet, size_hint
 from .link import Link, Place
 from .loader import Loader
+from .reshape import Reshaper
 from .shard import Plan, make_plan, signature
 from .tuning import STALL_BUDGET, interval_problems, make_interval
 from .wrappers import optimizers_of, unlike_asked, unwrap
@@ -54,6 +62,8 @@ class Restored:
     seconds: float
     notes: tuple[str, ...]
     """Why not from something newer."""
+    world_size: int
+    """Ranks that took the snapshot."""
 
 
 def protect(
@@ -80,11 +90,11 @@ def protect(
     the last good one stays; training goes on. After MOST_REFUSALS in a row NonFiniteStateError ends it, and a restart
     goes back to the last good snapshot. Costs one read of the state for each snapshot, beside the copy.
 
-    Restores their state if the job has been running before. Without a refound agent (plain `python train.py`) it
-    warns once and protects nothing.
+    Restores their state if the job has been running before, on as many ranks or others (docs/reshape.md).
+    Without a refound agent (plain `python train.py`) it warns once and protects nothing.
 
     Raises ConfigError (not protectable), LayoutMismatchError (the snapshot is of other tensors), WorldSizeError
-    (of another number of ranks), DamageError (it could not be proven).
+    (some state differs by rank and the number of ranks has changed), DamageError (it could not be proven).
     """
     problems = [
         f"{name!r} ({type(value).__name__}) has no state_dict and load_state_dict"
@@ -172,20 +182,11 @@ class Protection:
         facts = link.restore_facts()
         if facts["source"] == "start":
             return
-        if facts["world_size"] != link.place.world_size:
-            raise WorldSizeError(
-                f"the snapshot of step {facts['step']} was taken by {facts['world_size']} ranks and this group has "
-                f"{link.place.world_size}. It is kept: bring the job back with {facts['world_size']} ranks, or start "
-                "anew with another --rdzv-id"
-            )
         try:
-            loader = Loader(link.shard, self._rank)
-            loader.load(self._objects, self._collector)
+            self._load(link, facts["world_size"])
         except DamageError as error:
             link.reject(str(error))  # else every restart would fail at this same step
             raise
-        for problem in self._buckets.restore(loader.described(BUCKETS)):
-            self._say_of_buckets(problem)
         if self._frozen is not None:
             self._frozen.thaw(self._frozen.changed())  # what the script cannot make is in the snapshots
         self.step = self._last_snapshot = facts["step"]
@@ -194,7 +195,28 @@ class Protection:
             source=facts["source"],
             seconds=round(time.monotonic() - started, 3),
             notes=tuple(facts["notes"]),
+            world_size=facts["world_size"],
         )
+
+    def _load(self, link: Link, saved_world_size: int) -> None:
+        """From this rank's own shard where it fits as it is; else from the parts of all that this rank now needs."""
+        place, misfit = link.place, None
+        if saved_world_size == place.world_size:
+            try:
+                loader = Loader(link.shard, place.rank)
+                loader.load(self._objects, self._collector)
+                for problem in self._buckets.restore(loader.described(BUCKETS)):
+                    self._say_of_buckets(problem)
+                return
+            except LayoutMismatchError as error:
+                misfit = error  # only the layout may have changed
+        reshaper = Reshaper(
+            link.ranges, rank=place.rank, world_size=place.world_size, saved_world_size=saved_world_size
+        )
+        try:
+            reshaper.load(self._objects)
+        except LayoutMismatchError as error:
+            raise misfit or error from None
 
     # --- saving ------------------------------------------------------------------------------------------------
 

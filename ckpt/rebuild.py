@@ -7,17 +7,18 @@ if it pulled the symbols itself, and several losses at once are read for once (d
 """
 
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
 from ..erasure import Code, apply
 from .agreement import Decision, symbol_available
 from .errors import DamageError, ProtocolError, SnapshotError
-from .exchange import chunk_checksums
+from .exchange import PIECE_BUCKETS, chunk_checksums
 from .held import Held, bucket_checksums
 from .keeper import Keeper
 from .peers import MAX_READ_BUCKETS, NotYetError, Peers, read_message
-from .stripes import BUCKET_BYTES, Stripe
+from .stripes import BUCKET_BYTES, Group, Stripe, runs
 
 _KEPT = 64
 
@@ -25,9 +26,8 @@ Place = tuple[int, int, int, int]
 """Stripe, symbol, first bucket, count."""
 
 
-def intact_symbols(held: Held, decision: Decision, stripe: Stripe, start: int, count: int) -> list[int]:
+def intact_symbols(group: Group, chunk: int, decision: Decision, stripe: Stripe, start: int, count: int) -> list[int]:
     """Symbols 0..n-1 of the stripe that some node can read, intact, at all of these buckets of the chunk."""
-    group, chunk = held.group, held.chunk
     return [
         symbol
         for symbol in range(group.n)
@@ -36,6 +36,24 @@ def intact_symbols(held: Held, decision: Decision, stripe: Stripe, start: int, c
             for bucket in range(start, start + count)
         )
     ]
+
+
+def helpers(
+    decision: Decision, group: Group, chunk: int, stripe: Stripe, buckets: list[int]
+) -> Iterator[tuple[int, int, int]]:
+    """Who is to rebuild a lost symbol at `buckets` of its chunk: (first bucket, count, present position of the node).
+
+    Raises DamageError if too few symbols are intact.
+    """
+    for start, count in runs(buckets, PIECE_BUCKETS):
+        # Together these buckets may miss too many symbols while each of them alone does not.
+        whole = len(intact_symbols(group, chunk, decision, stripe, start, count)) >= group.k
+        for first, size in [(start, count)] if whole else [(start + i, 1) for i in range(count)]:
+            intact = intact_symbols(group, chunk, decision, stripe, first, size)
+            if len(intact) < group.k:
+                raise DamageError(f"bucket {first} of stripe {stripe.number} of {decision.snapshot} cannot be rebuilt")
+            position = group.first + stripe.holders[intact[stripe.number % len(intact)]]
+            yield first, size, decision.at[position]
 
 
 class Rebuilds:
@@ -85,7 +103,7 @@ class Rebuilder:
         if stripe_number >= group.n or symbol >= group.n or not 1 <= count <= MAX_READ_BUCKETS:
             raise ProtocolError(f"no symbol {symbol} of stripe {stripe_number}")
         stripe = group.stripes[stripe_number]
-        intact = intact_symbols(held, self._shared.decision, stripe, start, count)
+        intact = intact_symbols(group, held.chunk, self._shared.decision, stripe, start, count)
         lost = [s for s in range(group.n) if s not in intact]
         if symbol not in lost or start + count > held.chunk:
             raise ProtocolError(f"symbol {symbol} of stripe {stripe_number} is not lost at bucket {start}")
@@ -132,7 +150,7 @@ class Rebuilder:
         """Stored buckets of a member, and the checksums of those of parity."""
         if member != held.index:
             ask = read_message(held.id, kind, index, start, count)
-            reply, body = self._peers.request(held.group.first + member, ask)
+            reply, body = self._peers.request(self._shared.decision.at[held.group.first + member], ask)
             return np.frombuffer(body, np.uint8), reply.get("crc32c")
         if kind == "parity":
             return held.parity_view(index, start, count), held.parity_checksums[index][start : start + count].tolist()

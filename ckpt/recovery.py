@@ -10,19 +10,18 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from .agreement import Decision, SnapshotId
 from .errors import DamageError, SnapshotError, StaleWriterError
-from .exchange import PIECE_BUCKETS
 from .held import Held, ShardRecord, bucket_checksums, failing_buckets, record_buckets
 from .keeper import Keeper
 from .manifest import vector_of
 from .peers import Peers, fetch_record
-from .rebuild import intact_symbols
+from .rebuild import helpers
 from .slots import Segment
 from .stripes import BUCKET_BYTES, Stripe
 from .wire import Message
@@ -84,7 +83,7 @@ class Recovery:
                 knower = next(
                     p for p, view in self._decision.views.items() if position in view.sizes and p != held.position
                 )
-                record = fetch_record(self._peers, knower, held.id, position)
+                record = fetch_record(self._peers, self._decision.at[knower], held.id, position)
                 with self._keeper.changed:
                     held.records[position] = record
 
@@ -180,18 +179,9 @@ class Recovery:
         self, stripe: Stripe, symbol: int, buckets: list[int], place: Callable[[int, np.ndarray], None]
     ) -> list["Ask"]:
         """What to ask of whom to get a symbol at `buckets`."""
-        asks: list[Ask] = []
-        for start, count in _runs(buckets):
-            # Together these buckets may miss too many symbols while each of them alone does not.
-            whole = len(intact_symbols(self._held, self._decision, stripe, start, count)) >= self._held.group.k
-            for at in [(start, count)] if whole else [(start + i, 1) for i in range(count)]:
-                intact = intact_symbols(self._held, self._decision, stripe, *at)
-                if len(intact) < self._held.group.k:
-                    raise DamageError(f"bucket {at[0]} of stripe {stripe.number} of {self._held.id} cannot be rebuilt")
-                helper = self._held.group.first + stripe.holders[intact[stripe.number % len(intact)]]
-                asks.append(
-                    Ask(helper=helper, stripe=stripe.number, symbol=symbol, start=at[0], count=at[1], place=place)
-                )
+        held, asks = self._held, list[Ask]()
+        for start, count, helper in helpers(self._decision, held.group, held.chunk, stripe, buckets):
+            asks.append(Ask(helper=helper, stripe=stripe.number, symbol=symbol, start=start, count=count, place=place))
         return asks
 
     def _fill(self, asks: list["Ask"]) -> None:
@@ -236,14 +226,3 @@ class Ask:
     def message(self, snapshot: SnapshotId) -> Message:
         place = {"stripe": self.stripe, "symbol": self.symbol, "start": self.start, "count": self.count}
         return {"op": "rebuild", "generation": snapshot.generation, "step": snapshot.step, **place}
-
-
-def _runs(buckets: list[int]) -> Iterator[tuple[int, int]]:
-    """Neighbouring buckets together, at most PIECE_BUCKETS: (first, count)."""
-    at = 0
-    while at < len(buckets):
-        end = at + 1
-        while end < len(buckets) and buckets[end] == buckets[end - 1] + 1 and end - at < PIECE_BUCKETS:
-            end += 1
-        yield buckets[at], end - at
-        at = end

@@ -146,6 +146,15 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def header_bytes(data: np.ndarray) -> int:
+    """Length of the header of a shard whose first bytes are given. Raises DamageError if it has none."""
+    head = bytes(data[: _HEAD.size])
+    magic, plan_bytes, objects_bytes = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, 0)
+    if magic != _MAGIC or _HEAD.size + plan_bytes + objects_bytes > len(data):
+        raise DamageError("these bytes are not a shard of a snapshot: its header is not one")
+    return _HEAD.size + plan_bytes + objects_bytes
+
+
 class Shard:
     """A shard that is read back: its description, and the bytes of the regions' parts that it stores."""
 

@@ -21,7 +21,8 @@ class Segment:
     The pages are made by `posix_fallocate`, which fails cleanly where a page fault would kill.
     """
 
-    def __init__(self, name: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int, *, sparse: bool = False) -> None:
+        """sparse: pages are made as they are written, for memory of which only parts are needed."""
         self.size_bytes = size_bytes
         self.fd = -1
         self._map: mmap.mmap | None = None
@@ -29,7 +30,10 @@ class Segment:
         try:
             self.fd = os.memfd_create(f"refound-{name}", os.MFD_CLOEXEC)
             if size_bytes:
-                os.posix_fallocate(self.fd, 0, size_bytes)
+                if sparse:
+                    os.ftruncate(self.fd, size_bytes)
+                else:
+                    os.posix_fallocate(self.fd, 0, size_bytes)
                 self._map = mmap.mmap(self.fd, size_bytes)
                 self.array = np.frombuffer(self._map, dtype=np.uint8)
         except (OSError, OverflowError) as error:

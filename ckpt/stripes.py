@@ -10,7 +10,7 @@ A node's data is one long vector, its ranks' shards one after another, cut into 
 stripe in which the node is a data node. Units are buckets of BUCKET_BYTES, the grain of checksums too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,6 +74,17 @@ class Stripe:
 def chunk_buckets(vector_buckets: Sequence[int], k: int) -> int:
     """Buckets in a chunk, for the lengths of the members' vectors; shorter vectors count as zero-padded."""
     return -(-max(vector_buckets, default=0) // k)
+
+
+def runs(buckets: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring buckets together, at most so many: (first, count). `buckets` in rising order."""
+    at = 0
+    while at < len(buckets):
+        end = at + 1
+        while end < len(buckets) and buckets[end] == buckets[end - 1] + 1 and end - at < most:
+            end += 1
+        yield buckets[at], end - at
+        at = end
 
 
 def choose_groups(nodes: int, k: int = 0, m: int = -1) -> tuple[Group, ...]:

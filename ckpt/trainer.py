@@ -149,4 +149,5 @@ def _install() -> None:
         return None if entered is None else original(self, **entered)
 
     run_epoch._refound = True  # type: ignore[attr-defined]
-    transformers.Trainer._run_epoch = run_epoch
+    trainer_class: Any = transformers.Trainer
+    trainer_class._run_epoch = run_epoch

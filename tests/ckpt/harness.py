@@ -108,6 +108,8 @@ class Job:
     steps: int = STEPS
     conf: str = ""
     """More of `--rdzv-conf`."""
+    least: int = 0
+    """Nodes that suffice, if fewer than `nodes` do."""
     max_restarts: int = 50
     standalone: bool = False
     program: Path = SCRIPT
@@ -165,7 +167,7 @@ class Job:
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         settings = ",".join(part for part in (f"node=node{node},is_host=0", self.conf, conf) if part)
         return [
-            f"--nnodes={self.nodes}",
+            f"--nnodes={self.least}:{self.nodes}" if self.least else f"--nnodes={self.nodes}",
             "--rdzv-backend=refound",
             f"--rdzv-endpoint=127.0.0.1:{self._store.port}",
             f"--rdzv-id={self.name}",
@@ -296,6 +298,20 @@ class Job:
         last = self.wait(look, f"all ranks are back after generation {generation}")
         steps = {start["start"] for start in last}
         assert len(steps) == 1, f"ranks went on from different steps: {last}"
+        return steps.pop()
+
+    def wait_back_as(self, world: int, generation: int) -> int:
+        """The same for a job whose nodes may be fewer: the ranks that started last are `world` of a new generation."""
+
+        def look() -> set[int]:
+            starts = [(self.starts(rank) or [{"generation": 0}])[-1] for rank in range(world)]
+            fresh = {start["generation"] for start in starts}
+            return fresh if len(fresh) == 1 and min(fresh) > generation and starts[0]["world"] == world else set()
+
+        # An agent that has died is no reason to stop looking.
+        eventually(look, f"{world} ranks are back after generation {generation}; {self._describe()}")
+        steps = {self.starts(rank)[-1]["start"] for rank in range(world)}
+        assert len(steps) == 1, f"ranks went on from different steps: {steps}"
         return steps.pop()
 
     def sources(self) -> list[str]:

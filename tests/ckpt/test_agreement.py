@@ -159,7 +159,7 @@ def lost_symbols(snapshot: Taken, group: Group, holders: dict[int, HeldView]) ->
 
 def restorable(snapshot: Taken, views: Sequence[NodeView]) -> bool:
     holders = {held.position: held for view in views for held in view.held if held.id == snapshot.id}
-    if snapshot.nodes != len(views) or not holders:
+    if not holders:
         return False
     known = {position for held in holders.values() for position in held.sizes}
     for group in snapshot.groups:
@@ -210,8 +210,14 @@ def test_everybody_has_one_position_and_holders_keep_theirs(case: Case) -> None:
     for view in case.views:
         for held in view.held:
             if held.id == decision.snapshot:
-                assert decision.position_of(view.name) == held.position
+                assert decision.at[held.position] == decision.position_of(view.name)
                 assert decision.views[held.position] == held
+                if held.position < len(case.views):
+                    assert decision.position_of(view.name) == held.position
+                if held.nodes == len(case.views):
+                    assert decision.at == {p: p for p in range(held.nodes)}
+                else:
+                    assert decision.at.keys() == decision.views.keys()
     assert all(held.id == decision.snapshot for held in decision.views.values())
 
 
@@ -296,10 +302,32 @@ def test_without_checksums_of_a_lost_position_nothing_can_be_proven() -> None:
     assert decision.source == "start" and "no node knows the checksums of position 2" in decision.notes[0]
 
 
-def test_another_number_of_nodes_cannot_use_the_memory() -> None:
+def test_fewer_nodes_go_on_with_what_their_parity_covers() -> None:
     one = taken(1, 5)
-    decision = decide([node("a", one.held_at(0)), node("b", one.held_at(1))])
-    assert decision.source == "start" and "taken by 3 nodes and 2 are here" in decision.notes[0]
+    decision = decide([node("a", one.held_at(0)), node("b", one.held_at(2))])
+    assert (decision.source, decision.snapshot) == ("memory", one.id)
+    assert decision.at == {0: 0, 2: 1} and decision.groups == choose_groups(2)
+    alone = decide([node("a", one.held_at(0))])
+    assert alone.source == "start" and "2 of 3 nodes are without it" in alone.notes[0]
+
+
+def test_more_nodes_go_on_too_and_holders_keep_their_positions() -> None:
+    one = taken(1, 5)
+    held = {name: one.held_at(p) for p, name in enumerate("dcb")}
+    decision = decide([node("a"), *(node(name, view) for name, view in held.items()), node("e")])
+    assert decision.source == "memory" and decision.at == {0: 0, 1: 1, 2: 2}
+    assert [n.name for n in decision.nodes] == ["d", "c", "b", "a", "e"]
+    lost = decide([node("a"), node("b"), node("c", one.held_at(1)), node("d", one.held_at(0)), node("e")])
+    assert lost.source == "memory" and lost.at == {0: 0, 1: 1}
+
+
+def test_a_node_left_behind_by_a_smaller_job_does_not_win() -> None:
+    """3 nodes, then 2 without c; c comes back and holds a snapshot of the 3 that it alone thinks is the newest."""
+    old, new = taken(1, 100), taken(2, 7, nodes=2)
+    views = [node("c", old.held_at(2), generation=1), node("a", new.held_at(0)), node("b", new.held_at(1))]
+    for order in permutations(views):
+        decision = decide(order)
+        assert decision.snapshot == new.id and decision.at == {0: 0, 1: 1} and decision.position_of("c") == 2
 
 
 def test_disk_wins_only_when_newer() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from refound.ckpt.attach import Attachment, attach
 from refound.ckpt.client import Client, find_nodes, stop_job
 from refound.ckpt.conf import PluginConfig
 from refound.ckpt.errors import ConfigError, ProtocolError, SnapshotMemoryError, StaleWriterError
+from refound.ckpt.held import bucket_checksums, failing_buckets
 from refound.ckpt.link import Link, Place
 from refound.ckpt.paths import job_dir, private_dir, runtime_dir, socket_path
 from refound.ckpt.stripes import BUCKET_BYTES
@@ -214,6 +216,30 @@ def test_a_snapshot_outlives_its_worker(job: str) -> None:
     assert held.id.step == 1
     assert held.damaged_data == ()
     assert held.data
+
+
+def test_a_shard_is_read_in_parts_and_parts_that_are_none_are_refused(job: str) -> None:
+    attachment, place = opened(job)
+    code = (
+        "import json, sys, numpy as np; from refound.ckpt.link import Link, Place;"
+        "from refound.ckpt.held import bucket_checksums;"
+        "link = Link(Place(**json.loads(sys.argv[1]))); slot = link.begin(1, 3 << 20);"
+        "slot.array[:] = np.random.default_rng(0).integers(0, 256, 3 << 20, dtype=np.uint8);"
+        "link.complete(1, bucket_checksums(slot.array), {}); assert link.wait_committed(1, 30000)"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(vars(place))], check=True)
+    generation = attachment.open([attachment.inventory()], "")
+    data = np.random.default_rng(0).integers(0, 256, 3 * BUCKET_BYTES, dtype=np.uint8)
+    worker = Link(replace(place, generation=generation))
+    found = worker.ranges(0, [(5, 6), (BUCKET_BYTES + 7, 2 * BUCKET_BYTES)])
+    assert np.array_equal(found[: 2 * BUCKET_BYTES], data[: 2 * BUCKET_BYTES])
+    broken = data.copy()
+    broken[[0, 2 * BUCKET_BYTES]] ^= 1
+    assert failing_buckets(broken, bucket_checksums(data)) == [0, 2]
+    assert failing_buckets(broken, bucket_checksums(data), [1, 2, 9]) == [2]
+    for spans in ("all", [[1]], [[1, -1]], [[0, 1 << 50]], [["0", 1]], [[True, 1]], {}):
+        with pytest.raises(ProtocolError, match="spans are not pairs of counts"):
+            worker._client.call({"op": "shard", "rank": 0, "spans": spans})
 
 
 def test_one_rank_is_one_process(job: str) -> None:

@@ -145,6 +145,7 @@ def test_another_number_of_ranks_is_told_and_nothing_is_lost(tmp_path: Path) -> 
         job.start_node(0)
         job.wait_agents()
         assert "was taken by 2 ranks and this group has 1" in job.log(0)
+        assert "'data' (Data) differs between ranks at 'data/random" in job.log(0)
         job.new_store()
         job.workers = 2
         generation = job.generation
