@@ -209,8 +209,8 @@ def _weight_files(path: Path) -> list[Path]:
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise ModelDirectoryError(
-            f"{path} holds pickled weights ({pickles[0]}), and unpickling runs whatever code is in them, so they are not "
-            "read. Convert them with torch's restricted reader, then run this again:\n"
+            f"{path} holds pickled weights ({pickles[0]}), and unpickling runs whatever code is in them: they are "
+            "not read. Convert them with torch's restricted reader, then run this again:\n"
             f'  python -c "import torch, safetensors.torch as s; w = torch.load({str(path / pickles[0])!r}, '
             "map_location='cpu', weights_only=True); s.save_file({k: v.clone().contiguous() for k, v in w.items()}, "
             f"{str(path / _SINGLE)!r}, metadata={{'format': 'pt'}})\""

@@ -67,7 +67,7 @@ def test_version(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"refound {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("status",), ("stop",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("status",), ("stop",), ("export",)])
 def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -75,7 +75,9 @@ def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("command", [("--help",), ("demo", "--help"), ("doctor",), ("status",), ("stop", "x")])
+@pytest.mark.parametrize(
+    "command", [("--help",), ("demo", "--help"), ("doctor",), ("status",), ("stop", "x"), ("export", "-h")]
+)
 def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, cwd=tmp_path, options=("-X", "importtime"))
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
@@ -93,6 +95,8 @@ def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, 
         (("status", "--jsn"), "--json"),
         (("demmo",), "demmo"),
         (("stop",), "JOB"),
+        (("export", "model", "--to", "vlm"), "did you mean 'vllm'?"),
+        (("export", "model", "--to", "vllm", "--quantize", "q9"), "q8_0"),
     ],
 )
 def test_bad_usage(tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripts that run inside an engine's own environment, which need not have refound: one file each, no imports of ours.
+"""Scripts that run inside an engine's own environment: one file each, no imports of ours.
 
-Each is started as `python -P run_ENGINE.py ANSWER`, reads one JSON object on stdin, and writes one into the file ANSWER,
+Started as `python -P run_ENGINE.py ANSWER`, each reads one JSON object on stdin and writes one into the file ANSWER,
 since engines print what they like on stdout. The request: `models` (paths; the first is what the others are compared
 with), `prompts` (lists of token ids, all of one length), `new_tokens`, `threads`, `trust` (paths whose own code may
 run), `text` (windows of token ids for the perplexity). The answer: `version`, and in `models` for each one `tokens` and

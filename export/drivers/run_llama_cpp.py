@@ -34,27 +34,35 @@ def ask(server: Any, prompt: list[int], count: int) -> dict[str, Any]:
             "top_k": 1,
             "n_probs": 1,
             "return_tokens": True,
+            "verbose": True,  # which is where the ids are
             "cache_prompt": True,
         }
     )
 
 
-def greedy(server: Any, prompt: list[int], count: int) -> tuple[list[int], list[float], dict[str, float]]:
+def greedy(server: Any, prompt: list[int], count: int) -> tuple[list[int], list[float | None], dict[str, float]]:
     """`count` tokens, going on after each end of sequence: llama.cpp's own `ignore_eos` would forbid that token."""
     tokens: list[int] = []
-    logprobs: list[float] = []
+    logprobs: list[float | None] = []
     spent = {"prompt_n": 0.0, "prompt_ms": 0.0, "predicted_n": 0.0, "predicted_ms": 0.0}
     while len(tokens) < count:
         answer = ask(server, prompt + tokens, count - len(tokens))
-        if "choices" not in answer:
-            raise RuntimeError(f"llama.cpp: {answer}")
-        content = answer["choices"][0]["logprobs"]["content"]
-        if not content:
+        found = answer.get("__verbose", {}).get("tokens")
+        if not found:
             raise RuntimeError(f"llama.cpp gave no token after {len(tokens)}: {answer}")
-        tokens += [entry["id"] for entry in content]
-        logprobs += [entry["logprob"] for entry in content]
-        spent = {key: value + answer.get("timings", {}).get(key, 0) for key, value in spent.items()}
+        told = (answer["choices"][0]["logprobs"] or {}).get("content", [])
+        logprobs += aligned(found, told)
+        tokens += found
+        timings = answer["__verbose"].get("timings", {})
+        spent = {key: value + timings.get(key, 0) for key, value in spent.items()}
     return tokens, logprobs, spent
+
+
+def aligned(tokens: list[int], told: list[dict[str, Any]]) -> list[float | None]:
+    """The log-probability of each token. Where the server leaves out halves of characters: None."""
+    if [entry["id"] for entry in told] != tokens:
+        return [None] * len(tokens)
+    return [entry["logprob"] for entry in told]
 
 
 def main() -> None:
@@ -76,8 +84,7 @@ def main() -> None:
             }
         )
         del server
-    build = str(xllamacpp.BUILD_INFO)
-    Path(sys.argv[1]).write_text(json.dumps({"version": build, "models": answers}))
+    Path(sys.argv[1]).write_text(json.dumps({"version": xllamacpp.__version__, "models": answers}))
 
 
 if __name__ == "__main__":
