@@ -50,6 +50,8 @@ class Family:
     moe: Moe | None = None
     gguf: str
     """The `general.architecture` of llama.cpp."""
+    gguf_head_dim: Literal["free", "even"] = "free"
+    """`even`: llama.cpp takes this family only with hidden size = heads times head dimension."""
     rotates_pairs: bool = False
     """llama.cpp keeps rows that are rotated together side by side, so queries and keys are permuted."""
 
@@ -84,7 +86,14 @@ FAMILIES: dict[str, Family] = {
         gguf="llama",
         rotates_pairs=True,
     ),
-    "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias="always", window="listed", defaults=_QWEN, gguf="qwen2"),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        qkv_bias="always",
+        window="listed",
+        defaults=_QWEN,
+        gguf="qwen2",
+        gguf_head_dim="even",
+    ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         qkv_bias="attention_bias",
@@ -117,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         window="listed",
         defaults=_QWEN,
         gguf="qwen2moe",
+        gguf_head_dim="even",
         moe=Moe(
             **_QWEN_EXPERTS,
             shared="mlp.shared_expert.{}",

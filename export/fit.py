@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from .architecture import FFN, Attention, Decoder, Layer
 from .configs import NEMOTRON_STEP, uniform_obstacles
-from .engines import ENGINES, FEATURES, Engine
+from .engines import ENGINES, Engine
 
 _ZERO_WIDTH = 32
 """Of an FFN of zeros: a block of every quantization of GGUF."""
@@ -84,6 +84,10 @@ def _families(decoder: Decoder, name: str, engine: Engine) -> Iterator[Finding]:
     if engine.layout == "gguf" and decoder.rope["rope_type"] not in ("default", "linear", "llama3"):
         problem = f"rope_type {decoder.rope['rope_type']!r} is not written into GGUF here"
         yield Finding(engine=name, layer=None, problem=problem)
+    even = decoder.heads * decoder.head_dim == decoder.hidden_size
+    if engine.layout == "gguf" and decoder.blocks.gguf_head_dim == "even" and not even:
+        problem = f"{decoder.heads} heads of {decoder.head_dim} are not the hidden size {decoder.hidden_size}"
+        yield Finding(engine=name, layer=None, problem=f"{problem}, and it does not load {decoder.family} so")
     if engine.layout == "gguf" and (decoder.ffn_bias or decoder.output_bias):
         yield Finding(
             engine=name, layer=None, problem="biases of FFN and attention output are not written into GGUF here"
@@ -147,6 +151,3 @@ def _nearest(decoder: Decoder, layer: Layer, feature: str) -> Layer | None:
         "qwen2_moe normalized": replace(layer, ffn=replace(ffn, normalized=False)),
     }
     return changes.get(feature)
-
-
-assert all(engine.rules.keys() == FEATURES.keys() for engine in ENGINES.values())

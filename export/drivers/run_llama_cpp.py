@@ -22,7 +22,10 @@ def load(path: str, request: dict[str, Any]) -> Any:
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.warmup = False
-    return xllamacpp.Server(settings)
+    try:
+        return xllamacpp.Server(settings)
+    except RuntimeError as error:
+        raise RuntimeError(f"llama.cpp does not load {path}: {error}") from error
 
 
 def ask(server: Any, prompt: list[int], count: int) -> dict[str, Any]:

@@ -24,9 +24,9 @@ def decoder(
     base = Decoder(
         family=family,
         vocab_size=VOCAB,
-        hidden_size=64,
+        hidden_size=128 if family.startswith("qwen2") else 64,
         heads=4,
-        head_dim=16,
+        head_dim=32,  # the smallest that vLLM's CPU kernels know
         layers=(Layer(attention=Attention(kv_heads=kv_heads), ffn=ffn),) * layers,
         norm_eps=1e-5,
         max_positions=256,
