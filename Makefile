@@ -9,6 +9,7 @@ PIP_FLAGS  ?= -qq
 ARGS       ?=
 RUNS       ?= 10
 TESTS      ?= tests
+ENGINES    ?= llama.cpp
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -23,7 +24,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 say = @printf '%s\n' "refound: $(1)" >&2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos clean
+.PHONY: help install demo test lint format bench chaos engines clean
 
 help:
 	@echo 'refound: training that survives its machines.'
@@ -34,6 +35,7 @@ help:
 	@echo '  make format    rewrite the sources the way `make lint` wants them'
 	@echo '  make bench     run every benchmark; results as JSON, kept in runs/bench/'
 	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical'
+	@echo '  make engines   install serving engines for `refound export`, each apart: ENGINES="llama.cpp vllm"'
 	@echo '  make install   only set up $(VENV) (the others do it themselves)'
 	@echo '  make clean     remove $(VENV) and everything built'
 	@echo
@@ -97,6 +99,10 @@ bench: $(STAMP)
 
 chaos: $(STAMP)
 	@$(BIN)/python tests/chaos/campaign.py --runs $(RUNS) $(ARGS)
+
+# Each says what it costs before it starts.
+engines: $(STAMP)
+	@$(BIN)/python -m refound.export.install $(ENGINES)
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis

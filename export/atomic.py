@@ -28,23 +28,14 @@ def fresh_directory(final: Path, *, overwrite: bool) -> Iterator[Path]:
         OutputExistsError: if `final` is there and `overwrite` is not given, or another export writes it now.
         OutputSpaceError: if the disk is full or cannot be written.
     """
-    part, old, lock_file = _aside(final)
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_file.open("w")
-    except OSError as error:
-        raise OutputSpaceError(f"cannot write into {final.parent}: {error.strerror}") from error
-    with lock:
+    part, old, _ = _aside(final)
+    with _only_writer(final):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with its holder
-        except BlockingIOError as error:
-            raise OutputExistsError(
-                f"another export writes {final} right now; wait for it or choose another --out"
-            ) from error
-        recover(final)
-        if final.exists() and not overwrite:
-            raise OutputExistsError(f"{final} is there already and is something else; say --overwrite to replace it")
-        try:
+            recover(final)
+            if final.exists() and not overwrite:
+                raise OutputExistsError(
+                    f"{final} is there already and is something else; say --overwrite to replace it"
+                )
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             yield part
@@ -61,7 +52,29 @@ def fresh_directory(final: Path, *, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
             if final.exists():
                 shutil.rmtree(old, ignore_errors=True)
-            lock_file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _only_writer(final: Path) -> Iterator[None]:
+    """Holds a lock that the kernel drops with its holder. The file goes too, while it is held."""
+    _, _, path = _aside(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise OutputSpaceError(f"cannot write into {final.parent}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.stat().st_ino == os.fstat(lock.fileno()).st_ino  # not one that its holder has just removed
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise OutputExistsError(f"another export writes {final} right now; wait for it, or choose another --out")
+        try:
+            yield
+        finally:
+            path.unlink()
 
 
 def recover(final: Path) -> None:

@@ -106,7 +106,8 @@ ENGINES: dict[str, Engine] = {
             dense_among_experts="yes",
         ),
         weights=("source", "f32", "bf16", "f16"),
-        serve="transformers serve {path} --host 127.0.0.1",
+        serve="python -c \"from transformers import pipeline; print(pipeline('text-generation', '{path}', "
+        "trust_remote_code=True)('Once'))\"",
     ),
     "vllm": Engine(
         title="vLLM",

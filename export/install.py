@@ -4,6 +4,7 @@
 Their requirements clash with a training environment's, and with one another's.
 """
 
+import fcntl
 import subprocess
 import sys
 import tempfile
@@ -78,11 +79,14 @@ def install(engine: str) -> Path:
     """
     folder = engines_root() / engine
     ready = folder / ".refound-installed"
-    if not ready.is_file():
-        print(f"refound: installing {engine} into {folder}: {RECIPES[engine].cost}", file=sys.stderr)
-        venv.create(folder, clear=True, with_pip=True)
-        RECIPES[engine].install(folder / "bin" / "python")
-        ready.touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{engine}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second waits, and finds it done
+        if not ready.is_file():
+            print(f"refound: installing {engine} into {folder}: {RECIPES[engine].cost}", file=sys.stderr)
+            venv.create(folder, clear=True, with_pip=True)
+            RECIPES[engine].install(folder / "bin" / "python")
+            ready.touch()
     return folder
 
 

@@ -217,22 +217,28 @@ class Proof:
         Raises:
             EngineMissingError, ProofError: see `run_engine`. What differs is in the figures, not raised.
         """
-        self.progress(f"proving {path.name} in {engine}")
+        self.progress(f"proving the {part.layout} export in {engine}")
+        # Code beside a model runs only where it is ours: the source's own never does.
+        own = (path,) if uniform_obstacles(part.decoder) else ()
         if engine == "transformers":
             reference = self._reference_path()
-            answer = self._run(engine, [reference, path], trust=(reference, path))
+            answer = self._run(engine, [reference, path], trust=(*own, *self._trusted(reference)))
             self.reference, found = answer["models"]
         else:
             if self.reference is None:
                 reference = self._reference_path()
-                self.reference = self._run("transformers", [reference], trust=(reference,))["models"][0]
-            answer = self._run(engine, [path], trust=(path,))
+                answer = self._run("transformers", [reference], trust=self._trusted(reference))
+                self.reference = answer["models"][0]
+            answer = self._run(engine, [path], trust=own)
             (found,) = answer["models"]
         assert self.reference is not None
         return compare(engine, answer["version"], self.reference, found, TOLERANCES[part.weights])
 
     def _run(self, engine: str, models: list[Path], trust: tuple[Path, ...]) -> dict[str, Any]:
         return run_engine(engine, models, self.prompts, trust=trust, new_tokens=self.new_tokens)
+
+    def _trusted(self, reference: Path) -> tuple[Path, ...]:
+        return () if reference == self.source.path else (reference,)
 
     def _reference_path(self) -> Path:
         """The source. If it needs code, a directory of links to its weights beside ours: its own is never run."""

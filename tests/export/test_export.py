@@ -185,6 +185,19 @@ def test_a_model_that_no_longer_computes_the_same_is_not_kept(
     assert names(tmp_path / "out") == set()
 
 
+def test_code_that_comes_with_a_source_is_never_run(tmp_path: Path, model: Path) -> None:
+    """Neither by the proof nor by reading: the export has the tensors and the settings, and our code or none."""
+    trap = tmp_path / "it-ran"
+    (model / "modeling_trap.py").write_text(f"open({str(trap)!r}, 'w')\n")
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_trap.Trap", "AutoConfig": "modeling_trap.Trap"}
+    (model / "config.json").write_text(json.dumps(config))
+    done = refound(model, "--to", "transformers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not trap.exists()
+    assert "auto_map" not in json.loads((tmp_path / "model-export/huggingface/config.json").read_text())
+
+
 def test_check_explains_a_sentence_a_layer(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", heterogeneous())
     done = refound(model, "--to", "llama.cpp", "--check", cwd=tmp_path)
