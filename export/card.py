@@ -16,6 +16,8 @@ from .plan import Part
 from .proof import Figures
 
 SCHEMA = 1
+WRITER = 1
+"""Raised when the same source and settings come out as other bytes than before."""
 RECORD = "refound.json"
 
 
@@ -44,7 +46,7 @@ def make_record(
 
 def recipe(part: Part) -> dict[str, Any]:
     """What decides the bytes of a part, beside its source."""
-    return {"layout": part.layout, "engines": list(part.engines), "weights": part.weights}
+    return {"writer": WRITER, "layout": part.layout, "engines": list(part.engines), "weights": part.weights}
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ Tensors are written one after the other, so one at a time is in memory. Names an
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,12 +287,12 @@ def _split(file: Path, found: dict[str, Any]) -> str:
 
 
 def _adds_bos(found: dict[str, Any]) -> bool:
-    steps: Iterator[dict[str, Any]] = iter([found.get("post_processor") or {}])
-    for step in steps:
-        for inner in step.get("processors", [step]):
-            first = (inner.get("single") or [{}])[0]
-            if inner.get("type") == "TemplateProcessing" and "SpecialToken" in first:
-                return True
+    """Whether the tokenizer puts a special token in front of each text."""
+    whole = found.get("post_processor") or {}
+    for step in whole.get("processors", [whole]):
+        first = (step.get("single") or [{}])[0]
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in first:
+            return True
     return False
 
 

@@ -90,6 +90,12 @@ def install(engine: str) -> Path:
     return folder
 
 
+def installable(engines: list[str]) -> str:
+    """A sentence on which of these can be installed by this module, or none."""
+    known = [name for name in engines if name in RECIPES]
+    return f'Install it: make engines ENGINES="{" ".join(known)}". ' if known else ""
+
+
 def main(arguments: list[str]) -> int:
     unknown = [name for name in arguments if name not in RECIPES]
     if unknown:

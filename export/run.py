@@ -11,6 +11,7 @@ from .atomic import fresh_directory, recover, require_space
 from .card import RECORD, make_card, make_record, read_record, recipe
 from .directory import ModelDirectory, open_directory
 from .errors import EngineMissingError, ProofError
+from .install import installable
 from .plan import ExportConfig, ExportPlan, Part, make_plan
 from .proof import Figures, Proof, engine_python
 from .writers import write_part
@@ -37,8 +38,8 @@ def plan_export(config: ExportConfig) -> tuple[ModelDirectory, ExportPlan]:
     plan = make_plan(config, source)
     if config.verify and (absent := [name for name in config.engines if engine_python(name) is None]):
         raise EngineMissingError(
-            f"--verify needs {', '.join(absent)}, which cannot be run here. Install them: make engines. Or leave "
-            "--verify out, to prove the export with the engines that are here"
+            f"--verify needs {', '.join(absent)}, which cannot be run here. {installable(absent)}Leave --verify out "
+            "to prove the export with the engines that are here"
         )
     return source, plan
 
@@ -55,7 +56,10 @@ def export_model(config: ExportConfig, progress: Callable[[str], None]) -> list[
     fingerprint = source.fingerprint()
     for part in plan.parts:
         recover(part.directory)
-    records = [None if config.overwrite else _done(part, fingerprint) for part in plan.parts]
+    found = [_done(part, fingerprint) for part in plan.parts]
+    records = [None if config.overwrite or _wants_proof(config, record) else record for record in found]
+    # what was made from this source in this way may be replaced without a word: it comes out the same, but proven
+    ours = [record is not None for record in found]
     if any(record is None for record in records):
         source.check_numbers()
         require_space(config.out, plan.bytes)
@@ -64,8 +68,10 @@ def export_model(config: ExportConfig, progress: Callable[[str], None]) -> list[
         return [
             Exported(part=part, record=record, kept=True)
             if record
-            else _export_part(config, source, plan, part, fingerprint, proof, progress)
-            for part, record in zip(plan.parts, records, strict=True)
+            else _export_part(
+                config, source, plan, part, fingerprint, proof, progress, overwrite=config.overwrite or own
+            )
+            for part, record, own in zip(plan.parts, records, ours, strict=True)
         ]
     finally:
         proof.close()
@@ -83,6 +89,10 @@ def _done(part: Part, fingerprint: str) -> dict[str, Any] | None:
     return record if whole else None
 
 
+def _wants_proof(config: ExportConfig, record: dict[str, Any] | None) -> bool:
+    return bool(record) and config.verify is not False and any(engine_python(name) for name in record["unproven"])
+
+
 def _export_part(
     config: ExportConfig,
     source: ModelDirectory,
@@ -91,8 +101,10 @@ def _export_part(
     fingerprint: str,
     proof: Proof,
     progress: Callable[[str], None],
+    *,
+    overwrite: bool,
 ) -> Exported:
-    with fresh_directory(part.directory, overwrite=config.overwrite) as folder:
+    with fresh_directory(part.directory, overwrite=overwrite) as folder:
         write_part(part, source, folder, progress)
         figures, unproven = _prove(config, part, folder, proof)
         name = config.model.absolute().name

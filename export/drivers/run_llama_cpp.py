@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import xllamacpp
+import xllamacpp  # type: ignore[import-not-found]
 
 
 def load(path: str, request: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def perplexity(model: Any, windows: list[list[int]]) -> float:
 def main() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
-    transformers.utils.logging.set_verbosity_error()
+    logging.set_verbosity_error()
     answers, reference = [], None
     for path in request["models"]:
         began = time.perf_counter()

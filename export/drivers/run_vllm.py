@@ -25,7 +25,7 @@ def settings(threads: int) -> dict[str, str]:
 
 
 def run(path: str, request: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
     began = time.perf_counter()
     engine = LLM(
@@ -66,7 +66,7 @@ def run(path: str, request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     request = json.load(sys.stdin)
     os.environ.update(settings(request["threads"]))
-    import vllm
+    import vllm  # type: ignore[import-not-found]
 
     answers = []
     for path in request["models"]:

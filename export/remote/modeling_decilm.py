@@ -5,7 +5,7 @@ Only what a layer consists of is set here; the passes through it are Llama's, so
 """
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
 
 class DeciLMPreTrainedModel(LlamaPreTrainedModel):
     config_class = DeciLMConfig
-    _no_split_modules: ClassVar = ["DeciLMDecoderLayer"]
+    _no_split_modules = ["DeciLMDecoderLayer"]  # noqa: RUF012  (transformers declares it so)
 
 
 class DeciLMModel(LlamaModel, DeciLMPreTrainedModel):

@@ -103,6 +103,18 @@ def test_run_again_it_keeps_what_is_done_and_spares_what_is_not_its_own(tmp_path
     assert torch.equal(after["lm_head.weight"], load_file(model / "model.safetensors")["lm_head.weight"])
 
 
+def test_what_was_written_unproven_is_proven_when_asked_again(tmp_path: Path, model: Path) -> None:
+    config = ExportConfig(model=model, engines=("transformers",), out=tmp_path / "out", verify=False)
+    (first,) = run.export_model(config, lambda line: None)
+    assert (first.record["proof"], first.record["unproven"]) == ([], ["transformers"])
+    config = ExportConfig(model=model, engines=("transformers",), out=tmp_path / "out")
+    (second,) = run.export_model(config, lambda line: None)
+    assert (second.kept, second.record["unproven"]) == (False, [])
+    assert second.record["files"]["model.safetensors"] == first.record["files"]["model.safetensors"]
+    (third,) = run.export_model(config, lambda line: None)
+    assert third.kept and third.record == second.record
+
+
 def test_killed_at_any_moment_it_is_whole_or_not_there(tmp_path: Path, model: Path) -> None:
     """kill -9 as soon as it begins to write each of its files; the next run finds its way from whatever is left."""
     out = tmp_path / "out"
