@@ -288,3 +288,35 @@ def export(
     )
     found = report.plan(config) if dry_run else report.export(config, lambda line: click.echo(line, err=True))
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+
+
+@main.command(short_help="Measure an engine on a model, and find its best number of threads.")
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--engine", default="transformers", show_default=True, help="transformers, vllm or llama.cpp.")
+@click.option("--length", default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--batch", default=1, show_default=True, help="Prompts at a time.")
+@click.option("--new-tokens", default=32, show_default=True, help="Tokens to decode for each.")
+@click.option("--threads", type=click.IntRange(min=1), help="Only with so many.  [default: searched for]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def bench(
+    model: Path, engine: str, length: int, batch: int, new_tokens: int, threads: int | None, as_json: bool
+) -> None:
+    """Measure prefill and decode of MODEL (a directory, or a GGUF file) in an engine on this machine.
+
+    \b
+    Examples:
+      refound bench MODEL-export/gguf/model-f32.gguf --engine llama.cpp
+      refound bench MODEL --engine vllm --batch 8 --length 512
+    """
+    from dataclasses import asdict
+
+    from .export import bench as measuring
+    from .export.engines import find_engines
+
+    (name,) = find_engines(engine)
+    config = measuring.BenchConfig(
+        model=model, engine=name, length=length, batch=batch, new_tokens=new_tokens, threads=threads
+    )
+    found = measuring.bench(config, lambda line: click.echo(line, err=True))
+    told = {"schema": measuring.SCHEMA, "measured": [asdict(one) for one in found]}
+    click.echo(json.dumps(told, indent=2) if as_json else measuring.to_text(found))

@@ -67,7 +67,7 @@ def test_version(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"refound {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("status",), ("stop",), ("export",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("status",), ("stop",), ("export",), ("bench",)])
 def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def test_killed_at_any_moment_it_is_whole_or_not_there(tmp_path: Path, model: Pa
         part = out / ".huggingface.part" / awaited
         with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, cwd=tmp_path) as process:
             while process.poll() is None and not part.exists():
-                pass
+                time.sleep(0.0005)
             process.kill()
         final = out / "huggingface"
         assert not final.exists() or open_directory(final).decoder == decoder(layers=2)
