@@ -81,6 +81,8 @@ class ModelDirectory:
 
         for file in self.files:
             wanted = [name for name in names if self.tensors[name].file == file]
+            if not wanted:
+                continue
             with safe_open(file, framework="pt") as opened:
                 for name in wanted:
                     yield name, opened.get_tensor(name)

@@ -5,6 +5,7 @@ Their requirements clash with a training environment's, and with one another's.
 """
 
 import fcntl
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,11 +59,8 @@ def _requirements(wheel: Path) -> list[str]:
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         lines = archive.read(metadata).decode().splitlines()
     needed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
-    return [
-        spec
-        for spec in needed
-        if "extra ==" not in spec and spec.replace("=", " ").replace(">", " ").split()[0] not in without
-    ]
+    named = {spec: re.match(r"[A-Za-z0-9._-]+", spec) for spec in needed if "extra ==" not in spec}
+    return [spec for spec, name in named.items() if name and name.group().lower() not in without]
 
 
 RECIPES = {
