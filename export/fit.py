@@ -99,7 +99,8 @@ def _features(decoder: Decoder, index: int, uneven: bool) -> Iterator[str]:
     layer = decoder.layers[index]
     attention, ffn = layer.attention, layer.ffn
     if attention.kind == "none":
-        yield "no attention, first" if index == 0 else "neither" if ffn.kind == "none" else "no attention"
+        last = ", last" if index == len(decoder.layers) - 1 else ""
+        yield "no attention, first" if index == 0 else f"neither{last}" if ffn.kind == "none" else "no attention"
     if ffn.kind == "none" and attention.kind != "none":
         yield "no ffn"
     if attention.kind == "linear":
@@ -132,7 +133,7 @@ def _exact(decoder: Decoder, layer: Layer, feature: str) -> Layer:
     """The same function, in a form that more engines take."""
     if feature == "no attention, first":
         return replace(layer, attention=Attention(kv_heads=_usual(decoder).kv_heads or 1, zero=True))
-    if feature == "no ffn":
+    if feature in ("no ffn", "neither, last"):
         return replace(layer, ffn=FFN(width=_ZERO_WIDTH, zero=True))
     wide = -(-layer.ffn.width // NEMOTRON_STEP) * NEMOTRON_STEP
     stored = 0 if layer.ffn.zero else layer.ffn.stored_width or layer.ffn.width

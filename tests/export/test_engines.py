@@ -56,6 +56,14 @@ MODELS: dict[str, Decoder] = {
     "no ffn": with_layer(decoder(), 1, ffn=NO_FFN),
     "neither": with_layer(decoder(), 2, attention=NONE, ffn=NO_FFN),
     "linear attention": with_layer(decoder(), 1, attention=LINEAR),
+    "linear attention, first": with_layer(decoder(), 0, attention=LINEAR),
+    "no attention, last": with_layer(decoder(), 3, attention=NONE),
+    "no ffn, last": with_layer(decoder(), 3, ffn=NO_FFN),
+    "neither, last": with_layer(decoder(), 3, attention=NONE, ffn=NO_FFN),
+    "neither, first": with_layer(decoder(), 0, attention=NONE, ffn=NO_FFN),
+    "no attention at all but once": replace(
+        decoder(layers=3), layers=(*[replace(decoder().layers[0], attention=NONE)] * 2, decoder().layers[0])
+    ),
     "all of it": heterogeneous(),
 }
 # Only where transformers is concerned
@@ -164,9 +172,11 @@ def test_what_llama_cpp_answers_wrongly_is_refused_and_would_be_caught(
     assert figures.equal_tokens < 100
 
 
-def test_llama_cpp_does_not_load_a_first_layer_without_attention(workshop: Workshop, llama_cpp: dict[str, Any]) -> None:
-    model = MODELS["no attention, first"]
-    file = workshop.folder / "first.gguf"
+@pytest.mark.parametrize("name", ["no attention, first", "neither, last"])
+def test_llama_cpp_does_not_load_what_is_replaced(workshop: Workshop, llama_cpp: dict[str, Any], name: str) -> None:
+    model = MODELS[name]
+    assert check_fit(model, "llama.cpp")
+    file = workshop.folder / "as-it-is.gguf"
     write_gguf(file, model, weights(model).__getitem__, weights="f32", tokenizer=workshop.sources["llama"].path)
     with pytest.raises(ProofError, match=r"llama.cpp did not run"):
         run_engine("llama.cpp", [file], prompts(workshop.sources))
