@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ PROMPTS = (
     "If a train leaves at noon and travels at eighty kilometres an hour, then after two",
 )
 _TEXT_WINDOWS, _WINDOW_TOKENS = 4, 128
-_TIMEOUT_S = 3600.0
+_TIMEOUT = timedelta(hours=1)
 _DRIVERS = Path(__file__).parent / "drivers"
 
 
@@ -161,34 +162,39 @@ def run_engine(
     if python is None:
         raise EngineMissingError(f"{engine} is not installed here: python -m refound.export.install {engine}")
     request = {
-        "models": [str(model) for model in models],
+        "models": [str(model.absolute()) for model in models],
         "prompts": [list(ids) for ids in prompts.ids],
         "text": [list(ids) for ids in prompts.text],
         "new_tokens": new_tokens,
         "threads": threads or default_threads(),
-        "trust": [str(path) for path in trust],
+        "trust": [str(path.absolute()) for path in trust],
     }
     with tempfile.TemporaryDirectory(prefix="refound-proof-") as folder:
         answer = Path(folder, "answer.json")
         command = [str(python), "-P", str(_DRIVERS / f"run_{_module(engine)}.py"), str(answer)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(folder, "modules"))}
-        try:
-            done = subprocess.run(
-                command,
-                input=json.dumps(request),
-                text=True,
-                capture_output=True,
-                check=False,
-                cwd=folder,
-                env=environment,
-                timeout=_TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ProofError(f"{engine} did not answer within {_TIMEOUT_S:.0f} s") from error
+        done = _ask(engine, command, json.dumps(request), folder)
         if done.returncode != 0 or not answer.is_file():
             last = "\n  ".join(done.stderr.strip().splitlines()[-6:])
             raise ProofError(f"{engine} did not run {models[-1]} (exit code {done.returncode}):\n  {last}")
         return json.loads(answer.read_text())
+
+
+def _ask(engine: str, command: list[str], request: str, folder: str) -> subprocess.CompletedProcess[str]:
+    # Modelling code that transformers copies goes with the folder, and nothing is looked for on the network.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(folder, "modules"))}
+    try:
+        return subprocess.run(
+            command,
+            input=request,
+            text=True,
+            capture_output=True,
+            check=False,
+            cwd=folder,
+            env=environment,
+            timeout=_TIMEOUT.total_seconds(),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProofError(f"{engine} did not answer within {_TIMEOUT}") from error
 
 
 def default_threads() -> int:

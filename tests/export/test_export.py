@@ -62,7 +62,7 @@ def test_smollm2_in_transformers_and_llama_cpp(tmp_path: Path) -> None:
 
 def test_quantized_gguf_is_within_what_rounding_costs(tmp_path: Path, model: Path) -> None:
     install.install("llama.cpp")
-    done = refound(model, "--to", "llama.cpp", "--quantize", "q8_0", "--json", cwd=tmp_path)
+    done = refound(model.name, "--to", "llama.cpp", "--quantize", "q8_0", "--out", "out", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (part,) = json.loads(done.stdout)["parts"]
     assert part["path"].endswith("model-q8_0.gguf")
