@@ -95,6 +95,7 @@ class Collector:
         known[key] = len(state.leaves) - 1
         return known[key]
 
+
     def _layout(self, tensor: DTensor) -> tuple[dict[str, Any], tuple[int, ...]]:
         """The spec of a DTensor, one object for all that share it, and the ranks that hold the same bytes of it."""
         key = (tensor.shape, tensor.stride(), tuple(tensor.placements), tensor.device_mesh)
