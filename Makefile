@@ -10,6 +10,7 @@ ARGS       ?=
 RUNS       ?= 10
 MESSAGES   ?= 1000000
 TESTS      ?= tests
+ENGINES    ?= llama.cpp
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -25,7 +26,7 @@ TEST_STAMP := $(VENV)/.refound-test-installed
 say = @printf '%s\n' "refound: $(1)" >&2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos fuzz clean
+.PHONY: help install demo test lint format bench chaos fuzz engines clean
 
 help:
 	@echo 'refound: training that survives its machines.'
@@ -37,6 +38,7 @@ help:
 	@echo '  make bench     run every benchmark; results as JSON, kept in runs/bench/'
 	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical; the campaign tests'
 	@echo '  make fuzz      send MESSAGES=1000000 malformed and forged messages to a live snapshot process'
+	@echo '  make engines   install serving engines for `refound export`, each apart: ENGINES="llama.cpp vllm"'
 	@echo '  make install   only set up $(VENV) (the others do it themselves)'
 	@echo '  make clean     remove $(VENV) and everything built'
 	@echo
@@ -110,6 +112,10 @@ chaos: $(TEST_STAMP)
 
 fuzz: $(STAMP)
 	@$(BIN)/python tests/chaos/fuzz.py --messages $(MESSAGES) $(ARGS)
+
+# Each says what it costs before it starts.
+engines: $(STAMP)
+	@$(BIN)/python -m refound.export.install $(ENGINES)
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .ruff_cache .hypothesis

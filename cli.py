@@ -18,6 +18,7 @@ import click
 from . import __version__
 from .ckpt.errors import ConfigError, DamageError, SnapshotError
 from .plan_settings import SETTINGS, Setting
+from .export.errors import ExportError
 
 FAILED, USAGE, DAMAGE = 1, 2, 3
 
@@ -45,6 +46,10 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ExportError as error:
+            failure = click.ClickException(str(error))
+            failure.exit_code = error.exit_code
+            raise failure from error
         except ConfigError as error:
             raise _UsageError(str(error)) from error
         except DamageError as error:
@@ -72,6 +77,7 @@ def main(context: click.Context) -> None:
       refound status --watch                        what the snapshot processes hold right now
       refound verify                                is it still what was put there
       refound plan --nodes 64 --params 70B          what protection costs a job and what it saves
+      refound export MODEL --to vllm,llama.cpp      what stock engines load, proven equal to MODEL
 
     \b
     To protect your own script, call refound.protect() in it and launch it with:
@@ -434,3 +440,92 @@ def stop(job: str, force: bool) -> None:
         known = f"here are: {', '.join(others)}" if others else "here is none at all"
         raise click.ClickException(f"no snapshot process of job {job!r} on this machine; {known}. See: refound status")
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
+
+
+@main.command(short_help="Write a model for serving engines, and prove that it computes the same.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--to", "engines", required=True, metavar="ENGINE[,ENGINE…]", help="transformers, vllm, llama.cpp, …")
+@click.option("--check", is_flag=True, help="Only say what fits these engines, a sentence a layer; reads config.json.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: MODEL-export]")
+@click.option("--quantize", default="none", show_default=True, help="f32, bf16, f16, or q8_0 (GGUF only).")
+@click.option("--verify/--no-verify", default=None, help="With all engines, or none.  [default: those installed]")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--dry-run", is_flag=True, help="Print files, bytes and engine fit, and write nothing.")
+@click.option("--no-tokenizer", is_flag=True, help="Export a model that has none; prompts are token ids then.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def export(
+    model: Path,
+    engines: str,
+    check: bool,
+    out: Path | None,
+    quantize: str,
+    verify: bool | None,
+    overwrite: bool,
+    dry_run: bool,
+    no_tokenizer: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL, a Hugging Face directory, as each engine loads it, run it there, and compare greedy tokens.
+
+    \b
+    Examples:
+      refound export MODEL --to vllm,llama.cpp                   two directories in MODEL-export/
+      refound export MODEL --to llama.cpp --quantize q8_0        GGUF with 8 bits a weight
+      refound export MODEL --to vllm,llama.cpp --check           what fits, and what would be written instead
+      refound export MODEL --to transformers --dry-run           files and bytes
+
+    Exit code 3 if an engine cannot represent the model, if its files are damaged, or if the export does not compute
+    what MODEL does; nothing is kept then. Run again after a kill, it keeps the parts that are done.
+    """
+    from .export import report
+    from .export.engines import find_engines
+    from .export.plan import ExportConfig
+
+    names = find_engines(engines)
+    if check:
+        fit = report.check(model, names)
+        click.echo(json.dumps(fit.to_json(), indent=2) if as_json else fit.to_text())
+        sys.exit(0 if fit.fits else DAMAGE)
+    config = ExportConfig(
+        model=model,
+        engines=names,
+        out=out or model.absolute().with_name(model.absolute().name + "-export"),
+        quantize=quantize,
+        verify=verify,
+        overwrite=overwrite,
+        tokenizer=not no_tokenizer,
+    )
+    found = report.plan(config) if dry_run else report.export(config, lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+
+
+@main.command(short_help="Measure an engine on a model, and find its best number of threads.")
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--engine", default="transformers", show_default=True, help="transformers, vllm or llama.cpp.")
+@click.option("--length", default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--batch", default=1, show_default=True, help="Prompts at a time.")
+@click.option("--new-tokens", default=32, show_default=True, help="Tokens to decode for each.")
+@click.option("--threads", type=click.IntRange(min=1), help="Only with so many.  [default: searched for]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def bench(
+    model: Path, engine: str, length: int, batch: int, new_tokens: int, threads: int | None, as_json: bool
+) -> None:
+    """Measure prefill and decode of MODEL (a directory, or a GGUF file) in an engine on this machine.
+
+    \b
+    Examples:
+      refound bench MODEL-export/gguf/model-f32.gguf --engine llama.cpp
+      refound bench MODEL --engine vllm --batch 8 --length 512
+    """
+    from dataclasses import asdict
+
+    from .export import bench as measuring
+    from .export.engines import find_engines
+
+    (name,) = find_engines(engine)
+    config = measuring.BenchConfig(
+        model=model, engine=name, length=length, batch=batch, new_tokens=new_tokens, threads=threads
+    )
+    found = measuring.bench(config, lambda line: click.echo(line, err=True))
+    told = {"schema": measuring.SCHEMA, "measured": [asdict(one) for one in found]}
+    click.echo(json.dumps(told, indent=2) if as_json else measuring.to_text(found))

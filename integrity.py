@@ -150,7 +150,7 @@ def _of_snapshot(node: Mapping[str, Any], snapshot: Mapping[str, Any], views: Se
     view = _view(snapshot)
     bad = [f"buckets {_some(view.damaged_data)} of its data"] if view.damaged_data else []
     bad += [f"(chunk, bucket) {_some(view.damaged_parity)} of its parity"] if view.damaged_parity else []
-    reason = why_not(view.nodes, _all_positions(view, views)) if bad else ""
+    reason = why_not(_all_positions(view, views)) if bad else ""
     following = ""
     if bad and reason:
         following = (

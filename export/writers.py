@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write one part of an export into an empty directory: weights, configuration, tokenizer, modelling code."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .architecture import Decoder, TensorSpec
+from .configs import uniform_obstacles, write_config, write_nemotron
+from .directory import INDEX, ModelDirectory
+from .gguf_file import write_gguf
+from .plan import REMOTE_FILES, Part, source_type
+
+if TYPE_CHECKING:
+    import torch
+
+_REMOTE = Path(__file__).parent / "remote"
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def write_part(part: Part, source: ModelDirectory, directory: Path, progress: Callable[[str], None]) -> None:
+    """Write the files of `part` into `directory`. Weights are read, filled and written one at a time or one shard."""
+    read = _Reader(source, part.decoder)
+    if part.layout == "gguf":
+        progress(f"writing {part.shards[0][0]}")
+        tokenizer = source.path if any(file.name.startswith("tokenizer") for file in source.companions) else None
+        write_gguf(directory / part.shards[0][0], part.decoder, read, weights=part.weights, tokenizer=tokenizer)
+        return
+    _write_shards(part, read, directory, progress)
+    (directory / "config.json").write_text(json.dumps(config_of(part, source), indent=2) + "\n")
+    for file in source.companions:
+        shutil.copyfile(file, directory / file.name)
+    if uniform_obstacles(part.decoder):
+        copy_remote(directory)
+
+
+def copy_remote(directory: Path) -> None:
+    """The modelling files of nemotron-nas, for transformers."""
+    for name in REMOTE_FILES:
+        shutil.copyfile(_REMOTE / name, directory / name)
+
+
+def config_of(part: Part, source: ModelDirectory) -> dict[str, Any]:
+    """The `config.json` of a Hugging Face part."""
+    kept = _NAMES[source_type(source)]
+    decoder = replace(part.decoder, dtype=_TYPES.get(part.weights, kept))
+    return write_nemotron(decoder) if uniform_obstacles(decoder) else write_config(decoder)
+
+
+class _Reader:
+    """Gives each tensor of the decoder that is written: read, padded with zeros, or made."""
+
+    def __init__(self, source: ModelDirectory, decoder: Decoder) -> None:
+        self.source, self.specs = source, decoder.tensors()
+
+    def __call__(self, name: str) -> "torch.Tensor":
+        import torch
+
+        spec: TensorSpec = self.specs[name]
+        if spec.fill != "source":
+            made = torch.zeros if spec.fill == "zeros" else torch.ones
+            return made(spec.shape, dtype=getattr(torch, _NAMES[source_type(self.source)]))
+        ((_, found),) = self.source.weights([name])
+        if not spec.stored:
+            return found
+        padded = torch.zeros(spec.shape, dtype=found.dtype)
+        padded[tuple(slice(0, size) for size in found.shape)] = found
+        return padded
+
+
+def _write_shards(part: Part, read: _Reader, directory: Path, progress: Callable[[str], None]) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    cast = getattr(torch, _TYPES[part.weights]) if part.weights in _TYPES else None
+    weight_map, total = {}, 0
+    for number, (file, names) in enumerate(part.shards, start=1):
+        progress(f"writing {file} ({number} of {len(part.shards)})")
+        tensors = {name: read(name).to(cast) if cast else read(name) for name in names}
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(part.shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
