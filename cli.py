@@ -17,8 +17,8 @@ import click
 
 from . import __version__
 from .ckpt.errors import ConfigError, DamageError, SnapshotError
-from .plan_settings import SETTINGS, Setting
 from .export.errors import ExportError
+from .plan_settings import SETTINGS, Setting
 
 FAILED, USAGE, DAMAGE = 1, 2, 3
 
@@ -40,6 +40,12 @@ class _DamageFound(click.ClickException):
     exit_code = DAMAGE
 
 
+class _ExportFailed(click.ClickException):
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # pyright: ignore[reportAttributeAccessIssue]  # click reads it from the instance
+
+
 class _Commands(click.Group):
     """Turns the errors that are the user's to solve into one line and the exit code that belongs to them."""
 
@@ -47,9 +53,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ExportError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = error.exit_code
-            raise failure from error
+            raise _ExportFailed(str(error), error.exit_code) from error
         except ConfigError as error:
             raise _UsageError(str(error)) from error
         except DamageError as error:

@@ -67,7 +67,10 @@ class Engine:
 def _rules(default: Literal["test", "hand", "source"], /, **named: Rule | Support) -> dict[str, Rule]:
     given = {name.replace("__", ", ").replace("_", " "): rule for name, rule in named.items()}
     given = {_MOE.get(name, name): rule for name, rule in given.items()}
-    return {name: rule if isinstance(rule, Rule) else Rule(support=rule, proof=default) for name, rule in given.items()}
+    rules = {}
+    for name, rule in given.items():
+        rules[name] = rule if isinstance(rule, Rule) else Rule(support=rule, proof=default)
+    return rules
 
 
 _MOE = {"qwen2 moe": "qwen2_moe", "qwen3 moe": "qwen3_moe", "qwen2 moe normalized": "qwen2_moe normalized"}
