@@ -8,7 +8,7 @@ give silently wrong answers for a few layouts; those are refused here, with the 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from .errors import ExportUsageError
 
@@ -69,7 +69,7 @@ def _rules(default: Literal["test", "hand", "source"], /, **named: Rule | Suppor
     given = {_MOE.get(name, name): rule for name, rule in given.items()}
     rules = {}
     for name, rule in given.items():
-        rules[name] = rule if isinstance(rule, Rule) else Rule(support=rule, proof=default)
+        rules[name] = rule if isinstance(rule, Rule) else Rule(support=cast(Support, rule), proof=default)
     return rules
 
 
