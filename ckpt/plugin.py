@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two doors into torchrun: `--rdzv-backend=refound`, and `--logs-specs=refound` for `--standalone`.
 
-Torch imports this module in every torchrun agent, whatever backend is chosen, so it must stay light. The handler
-wraps torch's own c10d rendezvous. Around each round it seals this node's snapshot process, exchanges views with the
-other nodes, opens the next generation, and gives every node the rank its snapshot had. Workers build their own store
-every round: torchrun's shared one keeps the addresses of dead workers and breaks restarts (pytorch #135712, #167288).
+torchrun finds them through `entry.py`. The handler wraps torch's own c10d rendezvous. Around each round it seals this
+node's snapshot process, exchanges views with the other nodes, opens the next generation, and gives every node the rank
+its snapshot had. Workers build their own store every round: torchrun's shared one keeps the addresses of dead workers
+and breaks restarts (pytorch #135712, #167288).
 """
 
 import atexit
@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +41,6 @@ SOCKET_ENV, GENERATION_ENV, JOB_ENV = "REFOUND_SOCKET", "REFOUND_GENERATION", "R
 SECRET_ENV = "REFOUND_SECRET"
 _VIEWS_TIMEOUT = timedelta(seconds=30)
 _NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-
-
-def handler_factory() -> Callable[[RendezvousParameters], "RefoundRendezvous"]:
-    """What the entry point names: torch calls it with nothing and registers what it returns."""
-    return create_handler
 
 
 def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
