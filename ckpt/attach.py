@@ -37,6 +37,10 @@ class Attachment:
         self.job, self.node = job, node
         self.path = socket_path(job, node)
 
+    def at_rendezvous(self) -> None:
+        """Let the other nodes hear that this one's workers have stopped."""
+        self._client.call({"op": "rendezvous"})
+
     def inventory(self, secret: str = "") -> NodeView:
         """End the old generation on this node and learn what the node holds."""
         reply, _, _ = self._client.call({"op": "inventory"})
@@ -51,6 +55,11 @@ class Attachment:
     def alive(self) -> bool:
         """Whether the snapshot process is still there."""
         return self._client.alive()
+
+    @property
+    def heartbeat_s(self) -> float:
+        """How long a node may be silent."""
+        return self._conf.heartbeat_s
 
     @property
     def lease_s(self) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import fence, wire
+from . import fence, pulse, wire
 from .errors import ProtocolError, SnapshotError
 from .held import pack_record
 from .keeper import Keeper
@@ -104,6 +104,8 @@ class Door:
         op = message.get("op")
         if op == "status":
             return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+        if op == "pulse":
+            return pulse.report(self._keeper), b"", []
         if op == "stop":
             caller.stop = True
             return {}, b"", []

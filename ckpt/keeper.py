@@ -64,6 +64,11 @@ class Keeper:
         self.snapshots = 0
         self.last_commit_ms = 0.0
         self._completed_at: dict[SnapshotId, float] = {}
+        self.missing: dict[int, str] = {}
+        """Positions that heartbeats miss, and why. This and the next two are read without the lock (`pulse.py`)."""
+        self.is_over = False
+        """Other nodes have left this generation."""
+        self.at_rendezvous = False
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
 
     # --- generations -------------------------------------------------------------------------------------------
@@ -112,6 +117,7 @@ class Keeper:
             self.nonce = secrets.token_hex(16)
             self.prepared, self.replica_checks, self.trouble, self.committed = {}, {}, None, None
             self._completed_at.clear()
+            self.missing, self.is_over, self.at_rendezvous = {}, False, False
             self.restored = {
                 "source": decision.source,
                 "step": 0,

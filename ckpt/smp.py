@@ -26,6 +26,7 @@ from .exchange import Exchange
 from .keeper import Keeper
 from .lead import Control
 from .paths import private_dir, socket_path
+from .pulse import Pulse
 from .rebuild import Rebuilder, Rebuilds
 from .recovery import Recovery
 from .restore import Restore
@@ -90,6 +91,9 @@ class Process:
         if op == "configure":
             self.keeper.conf = PluginConfig(**message["conf"])
             return {}
+        if op == "rendezvous":
+            self.keeper.at_rendezvous = True
+            return {}
         if op == "inventory":
             return {"view": self._inventory().to_json()}
         if op == "open":
@@ -130,6 +134,7 @@ class Process:
         self._control = Control(self.keeper, decision, key, self._writer)
         self._control.start()
         Exchange(self.keeper, decision, key, self._control.prepared).start()
+        Pulse(self.keeper, decision, key).start()
         if baseline:
             Recovery(self.keeper, decision, key, baseline).start()
 
