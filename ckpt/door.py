@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import fence, pulse, wire
+from . import fence, last_words, pulse, wire
 from .errors import ProtocolError, SnapshotError
 from .held import pack_record
 from .keeper import Keeper
@@ -104,6 +104,10 @@ class Door:
         op = message.get("op")
         if op == "status":
             return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+        if op == "failed":
+            rank, generation = _count(message, "rank"), _count(message, "generation")
+            error, lost = str(message.get("error")), message.get("lost") is True
+            return last_words.note(self._keeper, rank, generation, error, lost=lost), b"", []
         if op == "pulse":
             return pulse.report(self._keeper), b"", []
         if op == "stop":

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from .fence import Worker
 from .held import Held, Record, ShardRecord
 from .slots import Segment, available_bytes, format_bytes
 from .stripes import BUCKET_BYTES
+
+if TYPE_CHECKING:
+    from .pulse import Pulse
 
 _SLOTS = 2
 _EVENTS_KEPT = 200
@@ -69,6 +72,9 @@ class Keeper:
         self.is_over = False
         """Other nodes have left this generation."""
         self.at_rendezvous = False
+        self.pulse: Pulse | None = None
+        self.first_failure: int | None = None
+        """The rank of this node whose exception came first in this generation."""
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
 
     # --- generations -------------------------------------------------------------------------------------------
@@ -118,6 +124,7 @@ class Keeper:
             self.prepared, self.replica_checks, self.trouble, self.committed = {}, {}, None, None
             self._completed_at.clear()
             self.missing, self.is_over, self.at_rendezvous = {}, False, False
+            self.first_failure, self.pulse = None, None
             self.restored = {
                 "source": decision.source,
                 "step": 0,

@@ -20,12 +20,14 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..erasure import checksum
+from . import last_words
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
 from .errors import ConfigError, SnapshotError, WorldSizeError
@@ -105,6 +107,7 @@ class Protection:
         self._copier = Copier(_device_of(objects))
         if place is not None:
             self._link = Link(place)
+            last_words.install(Path(place.socket), place.rank, place.generation)
             self._restore(self._link)
             if place.rank == 0:
                 _say_what_ddp_does(objects, place.world_size)

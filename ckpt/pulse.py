@@ -26,6 +26,7 @@ _FIRST_CONTACT = timedelta(seconds=30)
 """How long a node may take to open a generation that the others have opened."""
 _BEATS = 4
 """Beats within `heartbeat_s`."""
+_ASK_AGAIN = timedelta(milliseconds=50)
 _LATE = 1.5
 """Silence that lasted so many times longer than it was waited for is our own: we were stopped or starved."""
 
@@ -39,7 +40,8 @@ def watched(position: int, nodes: int) -> list[int]:
 def answer(keeper: Keeper, generation: object) -> Message:
     """What this node says to a beat of `generation`."""
     over = keeper.at_rendezvous or not keeper.is_open or generation != keeper.generation
-    return {"over": over, "missing": sorted(keeper.missing)}
+    failed = any(not worker.alive for worker in list(keeper.workers.values()))
+    return {"over": over, "failed": failed, "missing": sorted(keeper.missing)}
 
 
 def report(keeper: Keeper) -> Message:
@@ -66,6 +68,7 @@ class Pulse:
             return
         with self._keeper.changed:
             self._keeper.on_seal.append(self.close)
+            self._keeper.pulse = self
         for position in watched(self._keeper.position, len(self._decision.nodes)):
             threading.Thread(target=self._watch, args=(position,), name=f"pulse{position}", daemon=True).start()
 
@@ -73,6 +76,32 @@ class Pulse:
         self._closed.set()
         with contextlib.suppress(ValueError):
             self._keeper.on_seal.remove(self.close)
+
+    def who_is_gone(self) -> list[str]:
+        """A worker here has failed: names of nodes that are gone, which may be why; found out on the spot.
+
+        Asks until a node turns out to be gone, or one says that its own worker has failed or that it has left, which
+        then is why; for `heartbeat_s` at most.
+        """
+        deadline = time.monotonic() + self._heartbeat_s
+        nodes, generation = self._decision.nodes, self._decision.generation
+        if answer(self._keeper, generation)["failed"]:
+            return []  # another worker of this node
+        while not self._keeper.missing and not self._closed.is_set() and time.monotonic() < deadline:
+            for position in watched(self._keeper.position, len(nodes)):
+                try:
+                    with self._connection(position) as sock:
+                        wire.send(sock, {"op": "pulse", "in": generation})
+                        reply, _, _ = wire.receive(sock)
+                except ConnectionRefusedError:
+                    self._miss(position, "its snapshot process is gone")
+                except OSError:
+                    continue
+                else:
+                    if reply.get("failed") or reply.get("over"):
+                        return []
+            self._closed.wait(_ASK_AGAIN.total_seconds())
+        return [nodes[position].name for position in list(self._keeper.missing)]
 
     def _watch(self, position: int) -> None:
         self._heard_at[position] = time.monotonic()

@@ -18,6 +18,7 @@ from .client import Client
 
 _BEATS = 4
 _PATIENCE = 3.0
+_LOOK_EVERY_S = 0.2
 
 
 class Watch:
@@ -50,7 +51,7 @@ class Watch:
                 client = Client(self._path)
                 with contextlib.closing(client):
                     self._ask(client)
-            self._stopped.wait(self._heartbeat_s / _BEATS)
+            self._stopped.wait(min(_LOOK_EVERY_S, self._heartbeat_s / _BEATS))
 
     def _ask(self, client: Client) -> None:
         fd = os.pidfd_open(client.pid)
@@ -63,7 +64,7 @@ class Watch:
                     reasons = ["another node has left it"]
                 self._spare, self._complained = bool(reply["spare"]), False
                 self._generation, self._reasons = int(reply["generation"]), reasons
-                self._stopped.wait(self._heartbeat_s / _BEATS)
+                self._stopped.wait(min(_LOOK_EVERY_S, self._heartbeat_s / _BEATS))
         except TimeoutError:
             self._hung(fd)
         finally:

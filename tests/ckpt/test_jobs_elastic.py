@@ -44,5 +44,6 @@ def test_the_node_that_hosts_the_store_is_lost_whole_and_replaced(tmp_path: Path
         for node in (1, 2):
             assert "the rendezvous store at" in job.log(node)
             assert "RendezvousConnectionError" not in job.log(node)
+        assert [job.starts(rank)[-1]["restarts"] for rank in range(3)] == [0, 0, 0], "a lost node uses up no restart"
         job.train_to(5)
         job.finish()
