@@ -62,6 +62,11 @@ class Attachment:
         return self._conf.heartbeat_s
 
     @property
+    def hang_s(self) -> float:
+        """How long a worker may go without a step; 0: as long as it likes."""
+        return self._conf.hang_s
+
+    @property
     def lease_s(self) -> float:
         """How long the memory is kept when the agent has gone."""
         return self._conf.lease_s

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import fence, last_words, pulse, wire
 from .errors import ProtocolError, SnapshotError
+from .hang import Hangs
 from .held import pack_record
 from .keeper import Keeper
 from .restore import Restore
@@ -39,8 +40,10 @@ class Door:
         agent: Callable[[Message], Message],
         stop: Callable[[], None],
         restore: Callable[[], Restore],
+        hangs: Hangs,
     ) -> None:
         self._keeper, self._agent, self._stop, self._restore = keeper, agent, stop, restore
+        self._hangs = hangs
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         beside = path.with_suffix(".new")
         beside.unlink(missing_ok=True)
@@ -104,6 +107,10 @@ class Door:
         op = message.get("op")
         if op == "status":
             return {**self._keeper.status(), "pid": os.getpid(), "agent_pid": self.agent_pid}, b"", []
+        if op == "step":
+            rank, generation = _count(message, "rank"), _count(message, "generation")
+            self._hangs.step(rank, generation, done=message.get("done") is True)
+            return {}, b"", []
         if op == "failed":
             rank, generation = _count(message, "rank"), _count(message, "generation")
             error, lost = str(message.get("error")), message.get("lost") is True

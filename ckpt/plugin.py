@@ -39,6 +39,7 @@ from .agreement import Decision, decide
 from .attach import Attachment, attach, exchange_views
 from .conf import parse
 from .errors import ConfigError, SnapshotError
+from .hang import HANG_ENV
 from .membership import Member, Place, exchange_members, lacking
 from .moving import MovingStore
 from .stripes import choose_groups
@@ -283,7 +284,12 @@ def _conf_from_environment() -> dict[str, str]:
 
 def worker_environment(attachment: Attachment, generation: int) -> dict[str, str]:
     """What a worker needs to find its snapshot process."""
-    return {SOCKET_ENV: os.fspath(attachment.path), GENERATION_ENV: str(generation), JOB_ENV: attachment.job}
+    return {
+        SOCKET_ENV: os.fspath(attachment.path),
+        GENERATION_ENV: str(generation),
+        JOB_ENV: attachment.job,
+        HANG_ENV: str(attachment.hang_s),
+    }
 
 
 class _Outcome(MetricHandler):

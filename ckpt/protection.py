@@ -31,6 +31,7 @@ from . import last_words
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
 from .errors import ConfigError, SnapshotError, WorldSizeError
+from .hang import Progress
 from .link import Link, Place
 from .loader import Loader
 from .shard import Plan, make_plan, signature
@@ -102,11 +103,13 @@ class Protection:
         self._failure: Exception | None = None
         self._last_snapshot = 0
         self._link: Link | None = None
+        self._progress: Progress | None = None
         self._rank = place.rank if place else 0
         self._collector = Collector(objects, rank=self._rank, replicas=replicas)
         self._copier = Copier(_device_of(objects))
         if place is not None:
             self._link = Link(place)
+            self._progress = Progress.from_environment(place.socket, place.rank, place.generation)
             last_words.install(Path(place.socket), place.rank, place.generation)
             self._restore(self._link)
             if place.rank == 0:
@@ -150,6 +153,8 @@ class Protection:
         Raises SnapshotMemoryError, UnsupportedStateError or DamageError when protection is not possible.
         """
         self.step += 1
+        if self._progress is not None:
+            self._progress.step()
         if self._link is None or self.step % self._every:
             return
         started = time.monotonic()
@@ -224,6 +229,8 @@ class Protection:
 
         A rank that is lost after this point has nothing left to lose but its exit code.
         """
+        if self._progress is not None:
+            self._progress.close()
         self._wait()
         link, self._link = self._link, None
         atexit.unregister(self._at_exit)  # it would keep the model, and a mesh with its process groups, to the very end

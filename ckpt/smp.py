@@ -23,6 +23,7 @@ from .conf import PluginConfig
 from .door import Door
 from .errors import ProtocolError, SnapshotError
 from .exchange import Exchange
+from .hang import Hangs
 from .keeper import Keeper
 from .lead import Control
 from .paths import private_dir, socket_path
@@ -50,6 +51,7 @@ class Process:
         self._restore: Restore | None = None
         self._rebuilds: Rebuilds | None = None
         self._stopping = threading.Event()
+        self._hangs = Hangs(self.keeper)
         self._server = PeerServer(
             self.keeper,
             address,
@@ -60,7 +62,12 @@ class Process:
         )
         self._path = socket_path(job, node)
         self._door = Door(
-            self.keeper, self._path, agent=self._agent, stop=self._stopping.set, restore=self._current_restore
+            self.keeper,
+            self._path,
+            agent=self._agent,
+            stop=self._stopping.set,
+            restore=self._current_restore,
+            hangs=self._hangs,
         )
 
     def _with_control(self) -> Control:
@@ -149,6 +156,7 @@ class Process:
             os.close(ready_fd)
         last_seen = time.monotonic()
         while not self._stopping.wait(_TICK_S):
+            self._hangs.look()
             if self._door.agent_pid is not None or any(w.alive for w in list(self.keeper.workers.values())):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > self.keeper.conf.lease_s:
