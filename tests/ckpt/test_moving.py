@@ -190,8 +190,9 @@ def test_work_that_never_returns_is_left_behind() -> None:
     never.set()
 
 
-def test_the_first_to_come_brings_the_state_and_a_round_does_not_move() -> None:
-    """The state outlives its store; what belongs to a round fails, so that the round is repeated."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_first_to_come_brings_the_state_and_a_round_does_not_move(how: signal.Signals) -> None:
+    """The state outlives its store, be it gone or only silent; what belongs to a round fails, and is repeated."""
     context = multiprocessing.get_context("fork")
     near, far = context.Pipe()
     host = context.Process(target=_host, args=(far,), daemon=True)
@@ -204,10 +205,10 @@ def test_the_first_to_come_brings_the_state_and_a_round_does_not_move() -> None:
         standbys = [store.standby for store in stores]
         for store in stores:
             store.round_over(4, standbys)
-        host.kill()
-        host.join()
+        assert host.pid is not None
+        os.kill(host.pid, how)
         with pytest.raises(RuntimeError):
-            stores[1].wait(["of a round"], timedelta(seconds=5))
+            stores[1].wait(["of a round"], timedelta(seconds=1))
         assert stores[1].get(key) == b"state"
         assert stores[0].compare_set(key, "state", "newer") == b"newer"
         assert stores[1].get(key) == b"newer"
@@ -219,6 +220,8 @@ def test_the_first_to_come_brings_the_state_and_a_round_does_not_move() -> None:
             store.close()
         near.close()
         far.close()
+        host.kill()
+        host.join()
         host.close()
 
 
