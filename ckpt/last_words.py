@@ -25,13 +25,18 @@ from .keeper import Keeper
 from .wire import Message
 
 _HOLD = timedelta(seconds=60)
+_installed = False
 _ASK_TIMEOUT = timedelta(seconds=10)
 _LOST_CONNECTION = ("connection", "broken pipe", "timed out", "remote process exited", "peer")
 """Words of the errors that gloo, NCCL and torch's stores raise when the other side is gone."""
 
 
 def install(socket_file: Path, rank: int, generation: int) -> None:
-    """Have the last words of this process recorded."""
+    """Have the last words of this process recorded. A second call changes nothing."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
     if not faulthandler.is_enabled():
         faulthandler.enable(all_threads=True)
     before = sys.excepthook

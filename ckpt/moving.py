@@ -13,6 +13,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ _NO_STATE = "Y2FuaW1hZGFt"  # what torch's backend puts where there is no state 
 _ANSWER = timedelta(seconds=5)
 """How long a store may take to answer what it need not wait for."""
 _CONNECT = timedelta(seconds=1)
+_FORGOTTEN = timedelta(seconds=2)
 _LOOK_EVERY = timedelta(milliseconds=500)
 _ROUND = timedelta(seconds=60)
 
@@ -53,7 +55,8 @@ class MovingStore(Store):
         self._state = _NO_STATE
         self._lock = threading.RLock()
         self.is_displaced = False
-        """The others meet elsewhere, without this agent: it has to join them."""
+        """The rendezvous does not know this agent any more: it has to join it anew."""
+        self._answered_at = time.monotonic()
         self._lines: dict[Place, TCPStore] = {}
         self._closed = threading.Event()
         threading.Thread(target=self._look_around, name="signposts", daemon=True).start()
@@ -69,8 +72,8 @@ class MovingStore(Store):
 
     # --- what torch's backend calls: the state -----------------------------------------------------------------
 
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        return self._state_call(key, lambda line, name: line.compare_set(name, expected, desired))
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
+        return self._state_call(key, lambda line, name: line.compare_set(name, expected_value, desired_value))
 
     def get(self, key: str) -> bytes:
         if key != self._state_key:
@@ -86,7 +89,7 @@ class MovingStore(Store):
                 self._move_from(place, error)
                 continue
             if place == self.place:
-                self._state = value.decode()
+                self._state, self._answered_at = value.decode(), time.monotonic()
             return value
 
     # --- what a round calls ------------------------------------------------------------------------------------
@@ -118,6 +121,8 @@ class MovingStore(Store):
             for candidate in self._candidates:
                 place = Place(host=candidate.host, port=candidate.port, epoch=self._generation)
                 if place != lost and self._settle(place):
+                    # The state says who is alive, and has not been told of this agent for so long.
+                    self.is_displaced = time.monotonic() - self._answered_at > _FORGOTTEN.total_seconds()
                     print(
                         f"refound: the rendezvous store at {lost} is lost; the job now meets at {place}",
                         file=sys.stderr,

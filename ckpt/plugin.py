@@ -18,13 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
-    DistNetworkError,
-    DistStoreError,
-    PrefixStore,
-    Store,
-    TCPStore,
-)
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.metrics.api import MetricHandler, configure, getStream
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import (
@@ -100,6 +95,8 @@ class RefoundRendezvous(RendezvousHandler):
         self._nodes = 0
         self._met_at: Place | None = None
         self._standbys: dict[str, Place] = {}
+        self._polled_at: float | None = None
+        self._is_away = False
         self._outcome = _Outcome.watch()
         self._left = False
         atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
@@ -170,6 +167,7 @@ class RefoundRendezvous(RendezvousHandler):
         generation = self._attachment.open(views, secret)
         rank = decision.position_of(self._attachment.node)
         _announce(decision, rank)
+        self._polled_at, self._is_away = None, False
         self._generation, self._said, self._nodes = generation, "", info.world_size
         os.environ |= worker_environment(self._attachment, generation)
         # A fresh prefix: ranks may differ from the inner round's, whose keys the inner handler has used.
@@ -209,11 +207,21 @@ class RefoundRendezvous(RendezvousHandler):
         heartbeats say that the generation cannot go on. torchrun then restarts the workers, and does not count it."""
         reasons = self._watch.reasons(self._generation)
         if self._store is not None and self._store.is_displaced:
-            reasons.append("the job goes on elsewhere")
+            reasons.append("the rendezvous goes on without this node")
+        if self._was_away():
+            reasons.append("this agent was stopped, and the rendezvous has given it up")
         if reasons and not self._said:
             self._said = "; ".join(reasons)
             print(f"refound: leaving generation {self._generation}: {self._said}", file=sys.stderr, flush=True)
         return self._inner.num_nodes_waiting() or int(bool(reasons) or not self._attachment.alive())
+
+    def _was_away(self) -> bool:
+        """torch's rendezvous drops an agent that is silent for so long, and never tells it."""
+        settings, now = self._inner.settings, time.monotonic()
+        allowed_s = settings.keep_alive_interval.total_seconds() * settings.keep_alive_max_attempt
+        self._is_away = self._is_away or (self._polled_at is not None and now - self._polled_at > allowed_s)
+        self._polled_at = now
+        return self._is_away
 
     def get_run_id(self) -> str:
         return self._inner.get_run_id()

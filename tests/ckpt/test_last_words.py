@@ -54,6 +54,7 @@ def test_without_a_snapshot_process_it_just_fails(
     error_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(last_words, "_installed", False)
     last_words.install(tmp_path / "none.sock", 3, 1)
     try:
         raise KeyError("gone")

@@ -214,6 +214,8 @@ def test_the_first_to_come_brings_the_state_and_a_round_does_not_move(how: signa
         assert stores[1].get(key) == b"newer"
         moved = Place(host=HERE, port=standbys[0].port, epoch=4)
         assert [store.place for store in stores] == [moved, moved]
+        if how == signal.SIGSTOP:
+            assert stores[1].is_displaced, "it took so long that the state has forgotten this agent"
         assert b'"epoch": 4' in connect(standbys[1]).get("refound/at")
     finally:
         for store in stores:
