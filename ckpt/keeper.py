@@ -84,7 +84,7 @@ class Keeper:
         with self.changed:
             self.is_open = False
             workers, self.workers = list(self.workers.values()), {}
-            for let_go in self.on_seal:
+            for let_go in list(self.on_seal):  # some take themselves off it
                 let_go()
             self.changed.notify_all()
         stuck = fence.end(workers)

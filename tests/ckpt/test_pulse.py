@@ -120,3 +120,16 @@ def test_a_stopped_snapshot_process_is_ended_only_if_others_hold_what_it_held(
         attachment._client.close()
         stop_job(job)
         process.wait()
+
+
+def test_the_end_of_a_generation_reaches_all_who_wait_for_it() -> None:
+    """Heartbeats take themselves off the list that is gone through then: who comes after them is not passed over."""
+    with cluster(2, heartbeat_s=HEARTBEAT_S) as nodes:
+        nodes.open()
+        keeper, told = nodes.nodes[0].keeper, []
+        with keeper.changed:
+            keeper.on_seal.append(lambda: told.append(True))
+        keeper.seal()
+        assert told == [True]
+        assert keeper.pulse is not None
+        assert keeper.pulse.close not in keeper.on_seal
