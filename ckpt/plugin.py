@@ -131,8 +131,11 @@ class RefoundRendezvous(RendezvousHandler):
                         return self._agree(info)
                     if time.monotonic() > deadline:
                         raise RendezvousTimeoutError("too few nodes of the last generation have come")
-                except (DistStoreError, DistNetworkError):
+                except (DistStoreError, DistNetworkError, ConnectionError) as error:
+                    if isinstance(error, SnapshotError):
+                        raise
                     # A node joined and then died before it said what it holds. Another round goes on without it.
+                    # Or it was this node's snapshot process, which the next round replaces.
                     print(
                         "refound: a node vanished during the rendezvous; joining another round",
                         file=sys.stderr,
