@@ -38,7 +38,8 @@ def install(socket_file: Path, rank: int, generation: int) -> None:
         return
     _installed = True
     if not faulthandler.is_enabled():
-        faulthandler.enable(all_threads=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be no file, as in a notebook
+            faulthandler.enable(all_threads=True)
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

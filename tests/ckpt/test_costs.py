@@ -86,7 +86,9 @@ def test_a_node_refuses_what_the_plan_says_does_not_fit(monkeypatch: pytest.Monk
 
 
 def test_memory_of_one_node_without_parity() -> None:
+    others = set(memory_files())
     cluster = Cluster(1, 0, [[4]])
+    cluster.not_ours = others
     cluster.open()
     try:
         for step in (1, 2, 3):
