@@ -44,6 +44,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.campaign  # a real model through both engines takes over a minute
 def test_smollm2_in_transformers_and_llama_cpp(tmp_path: Path) -> None:
     """A real model: 64 greedy tokens for each of 8 prompts, equal in both engines, and written down."""
     install.install("llama.cpp")
