@@ -16,10 +16,13 @@ for trainers that have this callback; it refuses a version without that method.
 
 import functools
 import sys
+from importlib.metadata import version
 from typing import Any
 
-import transformers
+# By the modules that define them: to type-check what `import transformers` offers takes minutes.
+from transformers.trainer import Trainer
 from transformers.trainer_callback import ExportableState, TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerCallback as Callback
 
 from .collect import random_state, set_random_state
 from .errors import ConfigError
@@ -33,7 +36,7 @@ _PROGRESS = (
 )
 
 
-class TrainerCallback(transformers.TrainerCallback):
+class TrainerCallback(Callback):
     """Give one to `Trainer(callbacks=[…])`. `every` and `save_frozen` are those of `protect`."""
 
     def __init__(self, *, every: int | str = 1, save_frozen: bool = True) -> None:
@@ -133,10 +136,10 @@ class _Progress:
 
 def _install() -> None:
     """Wrap `Trainer._run_epoch` once."""
-    original = getattr(transformers.Trainer, "_run_epoch", None)
+    original = getattr(Trainer, "_run_epoch", None)
     if original is None:
         raise ConfigError(
-            f"transformers {transformers.__version__} has no Trainer._run_epoch, which TrainerCallback needs to go on "
+            f"transformers {version('transformers')} has no Trainer._run_epoch, which TrainerCallback needs to go on "
             "within an epoch: use transformers 5 (tested with 5.24), or refound.protect() in a loop of your own"
         )
     if hasattr(original, "_refound"):
@@ -149,5 +152,5 @@ def _install() -> None:
         return None if entered is None else original(self, **entered)
 
     run_epoch._refound = True  # type: ignore[attr-defined]
-    trainer_class: Any = transformers.Trainer
+    trainer_class: Any = Trainer
     trainer_class._run_epoch = run_epoch

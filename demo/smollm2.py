@@ -61,7 +61,7 @@ def convert_smollm2(directory: Path) -> None:
     try:
         import gguf
         from safetensors.torch import save_file
-        from transformers import AutoTokenizer
+        from transformers.models.auto.tokenization_auto import AutoTokenizer
     except ModuleNotFoundError as error:
         raise DemoPackageError(error.name or "transformers") from error
 

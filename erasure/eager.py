@@ -11,6 +11,8 @@ from .plan import program
 # Three blocks are in use at a time and should stay in the last cache before memory.
 CPU_BLOCK_BYTES = 256 << 10
 DEVICE_BLOCK_BYTES = 8 << 20
+# 1 / x, as a signed byte.
+HALVED = (POLYNOMIAL >> 1) - 256
 
 
 def apply(matrix: Matrix, ins: Sequence[torch.Tensor], outs: Sequence[torch.Tensor]) -> None:
@@ -39,6 +41,11 @@ def _run(op: str, a: torch.Tensor, b: torch.Tensor, dst: torch.Tensor, carry: to
         carry.bitwise_and_(POLYNOMIAL & 0xFF)
         torch.add(a, a, out=dst)
         dst.bitwise_xor_(carry)
+    elif op == "halve":
+        torch.bitwise_and(a, 1, out=carry)
+        carry.mul_(HALVED)
+        torch.bitwise_right_shift(a, 1, out=dst)
+        dst.bitwise_and_(0x7F).bitwise_xor_(carry)
     elif op == "copy":
         dst.copy_(a)
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The portable backend: XORs and doublings in numpy, in blocks that stay in the L2 cache.
+"""The portable backend: XORs, doublings and halvings in numpy, in blocks that stay in the L2 cache.
 
 numpy releases the GIL in every step. All steps on the caller's buffers work on bytes: no alignment is needed.
 """
@@ -36,24 +36,23 @@ def apply(matrix: Matrix, ins: Sequence[Bytes], outs: Sequence[Bytes]) -> None:
     for start in range(0, size, block):
         stop = min(start + block, size)
         width = stop - start
-        blocks: list[Any] = [operand[start:stop].view(np.int8) for operand in operands]
+        blocks: list[Any] = [operand[start:stop] for operand in operands]
         blocks.extend(row[:width] for row in scratch)
-        carry = blocks[-1]
-        blocks += [carry.view(np.bool_), scratch[-1][: width + 1 & -2].view(np.uint16), *_CONSTANTS]
+        blocks += [scratch[-1][:width].view(np.bool_), scratch[-1][: width + 1 & -2].view(np.uint16), *_CONSTANTS]
         for function, a, b, dst in calls:
             function(blocks[a], blocks[b], blocks[dst])
 
 
-def _scratch(rows: int, block: int) -> list[NDArray[np.int8]]:
+def _scratch(rows: int, block: int) -> list[NDArray[np.uint8]]:
     """This thread's scratch blocks; kept, as fresh pages cost more than the work on them."""
     stride = (block + 1 & -2) + 320  # rows a whole number of pages apart would share the same few cache sets
     held = getattr(_local, "scratch", None)
     if held is None or held.size < rows * stride:
-        held = _local.scratch = np.empty(rows * stride, dtype=np.int8)
+        held = _local.scratch = np.empty(rows * stride, dtype=np.uint8)
     return [held[r * stride : (r + 1) * stride] for r in range(rows)]
 
 
-_CONSTANTS = (np.int8(0), np.uint16(POLYNOMIAL & 0xFF))
+_CONSTANTS = (np.uint8(1), np.uint8(127), np.uint16(POLYNOMIAL & 0xFF), np.uint16(POLYNOMIAL >> 1))
 
 
 @lru_cache(maxsize=1024)
@@ -61,17 +60,23 @@ def _compiled(coefficients: bytes, rows: int, columns: int) -> tuple[list[Call],
     """The program as calls on the blocks that `apply` lists, and how many shared sums it needs room for."""
     plan = program(coefficients, rows, columns)
     carry = rows + columns + plan.scratch
-    negative, pairs, zero, reduction = range(carry + 1, carry + 5)
+    flags, pairs, one, half, doubled, halved = range(carry + 1, carry + 7)
     calls: list[Call] = []
     for step in plan.steps:
         if step.op == "xor":
             calls.append((np.bitwise_xor, step.a, step.b, step.dst))
         elif step.op == "double":
-            # x * a is a << 1, plus 0x1D where the top bit (the sign) was set: 0 or 1 there, times 0x1D.
+            # x * a is a << 1, plus 0x1D where the top bit was set: 0 or 1 there, times 0x1D.
             # No carry crosses bytes, so the product may be taken of two bytes at once.
-            calls.append((np.less, step.a, zero, negative))
-            calls.append((np.multiply, pairs, reduction, pairs))
+            calls.append((np.greater, step.a, half, flags))
+            calls.append((np.multiply, pairs, doubled, pairs))
             calls.append((np.add, step.a, step.a, step.dst))
+            calls.append((np.bitwise_xor, step.dst, carry, step.dst))
+        elif step.op == "halve":
+            # a / x is a >> 1, plus 0x8E where the lowest bit was set: what doubling makes 0x100 + 0x1C + 1 of.
+            calls.append((np.bitwise_and, step.a, one, carry))
+            calls.append((np.multiply, pairs, halved, pairs))
+            calls.append((np.right_shift, step.a, one, step.dst))
             calls.append((np.bitwise_xor, step.dst, carry, step.dst))
         elif step.op == "copy":
             calls.append((np.bitwise_or, step.a, step.a, step.dst))

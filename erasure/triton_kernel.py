@@ -5,8 +5,8 @@
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportPrivateImportUsage=false
 """The primitive as one Triton kernel: each input is read once into registers, each output written once.
 
-The program of XORs and doublings is a compile-time constant, unrolled: a new matrix costs one compilation,
-about a second, and Triton keeps it on disk. A doubling works on the four bytes of a word at once.
+The program of XORs, doublings and halvings is a compile-time constant, unrolled: a new matrix costs one compilation,
+about a second, and Triton keeps it on disk. A doubling or halving works on the four bytes of a word at once.
 Triton comes with torch's CUDA builds. Without a GPU the kernel runs under TRITON_INTERPRET=1.
 """
 
@@ -27,7 +27,7 @@ LINE_BYTES = 64
 # Unrolled code grows with the program, and so does the time to compile it; (16, 4) has about 200 steps.
 MAX_STEPS = 1024
 
-XOR, DOUBLE, ZERO = 0, 1, 2
+XOR, DOUBLE, HALVE, ZERO = 0, 1, 2, 3
 
 # (operation, a, b): operands are numbered inputs first, then the values of earlier steps.
 Steps = tuple[tuple[int, int, int], ...]
@@ -37,6 +37,12 @@ Steps = tuple[tuple[int, int, int], ...]
 def _double(word):
     """x times each of the four bytes of a word: shifted left, and 0x1D added where the top bit was set."""
     return ((word & 0x7F7F7F7F) << 1) ^ (((word >> 7) & 0x01010101) * 0x1D)
+
+
+@triton.jit
+def _halve(word):
+    """Each of the four bytes of a word divided by x: shifted right, and 0x8E added where the lowest bit was set."""
+    return ((word >> 1) & 0x7F7F7F7F) ^ ((word & 0x01010101) * 0x8E)
 
 
 @triton.jit
@@ -51,6 +57,8 @@ def _kernel(ins, outs, words, STEPS: tl.constexpr, RESULTS: tl.constexpr, BLOCK:
             values = values + (values[STEPS[s][1]] ^ values[STEPS[s][2]],)
         elif STEPS[s][0] == 1:
             values = values + (_double(values[STEPS[s][1]]),)
+        elif STEPS[s][0] == 2:
+            values = values + (_halve(values[STEPS[s][1]]),)
         else:
             values = values + (values[STEPS[s][1]] & 0,)
     for r in tl.static_range(len(RESULTS)):
@@ -68,7 +76,8 @@ def straight_line(coefficients: bytes, rows: int, columns: int) -> tuple[Steps, 
         if step.op == "copy":
             value[step.dst] = a
             continue
-        steps.append({"xor": (XOR, a, b), "double": (DOUBLE, a, 0), "zero": (ZERO, 0, 0)}[step.op])
+        operation = {"xor": XOR, "double": DOUBLE, "halve": HALVE, "zero": ZERO}[step.op]
+        steps.append((operation, a, b if operation == XOR else 0))
         value[step.dst] = columns + len(steps) - 1
     return tuple(steps), tuple(value[columns : columns + rows])
 

@@ -5,12 +5,12 @@ import json
 import math
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils import logging
 
 
@@ -78,7 +78,7 @@ def main() -> None:
             answer["logit_difference"] = (forced(model, prompts, torch.tensor(tokens)) - wanted).abs().max().item()
         answers.append({"load_s": load_s, **answer})
         del model
-    Path(sys.argv[1]).write_text(json.dumps({"version": transformers.__version__, "models": answers}))
+    Path(sys.argv[1]).write_text(json.dumps({"version": version("transformers"), "models": answers}))
 
 
 if __name__ == "__main__":

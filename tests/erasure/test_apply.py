@@ -4,6 +4,7 @@
 import mmap
 import threading
 from array import array
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -181,6 +182,15 @@ def test_inputs_may_share_memory(kernel: Kernel):
 def test_the_last_parity_is_a_plain_xor_of_the_others():
     doublings = [step for step in program(Code(4, 2).parity_matrix.tobytes(), 2, 4).steps if step.op == "double"]
     assert {step.dst for step in doublings} != {4, 5}, "one of the two parities needs no doubling"
+
+
+def test_neighbours_lost_are_rebuilt_by_few_halvings():
+    """Of (4, 2): two data symbols side by side. By doublings alone it takes seven of them."""
+    for first in range(3):
+        lost = (first, first + 1)
+        matrix = Code(4, 2).rebuild_matrix([c for c in range(6) if c not in lost], lost)
+        operations = Counter(step.op for step in program(matrix.tobytes(), 2, 4).steps)
+        assert operations["double"] + operations["halve"] <= 4, lost
 
 
 def test_blocks_are_cut_anywhere(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator):
