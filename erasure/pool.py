@@ -47,7 +47,10 @@ class Workers:
         if sys.platform == "linux":  # where affinity and priority are a thread's own
             if self._cores is not None:
                 os.sched_setaffinity(0, self._cores)
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+            thread = threading.get_native_id()
+            # Never up: that is not for everyone to do, where the job itself was started with `nice`.
+            niceness = max(os.getpriority(os.PRIO_PROCESS, thread), self._niceness)
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
     def apply(self, matrix: ArrayLike, ins: Sequence[Buffer], outs: Sequence[Buffer]) -> None:
         """`refound.erasure.apply` on the threads, for buffers of the host. Raises what that raises."""

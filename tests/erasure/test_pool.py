@@ -3,6 +3,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -51,17 +52,27 @@ def test_an_error_in_one_strip_comes_out_when_all_have_ended(monkeypatch, rng: n
     assert sum(calls) == data.size
 
 
+def thread_priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
 def test_threads_stay_on_their_cores_at_low_priority():
-    core = min(os.sched_getaffinity(0))
-    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    core, before = min(os.sched_getaffinity(0)), thread_priority()
     with Workers(1, cores=[core], niceness=7) as workers:
-        look = workers._executor.submit(
-            lambda: (os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        )
-        affinity, priority = look.result()
+        affinity, priority = workers._executor.submit(lambda: (os.sched_getaffinity(0), thread_priority())).result()
     assert affinity == {core} and priority == max(before, 7)
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+    assert thread_priority() == before
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("refound-erasure")]
+
+
+def test_threads_of_a_job_that_was_started_nicer_stay_so():
+    def from_a_nice_thread() -> int:  # a thread hands its niceness on to those that it starts
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 18)
+        with Workers(1, niceness=3) as workers:
+            return workers._executor.submit(thread_priority).result()
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(from_a_nice_thread).result() == 18
 
 
 @pytest.mark.parametrize(
