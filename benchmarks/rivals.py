@@ -12,13 +12,14 @@ must have ended before the next step or the next save. Contenders:
 - dcp-thread, dcp-process: torch.distributed.checkpoint.async_save, to files, on this machine's fastest (/dev/shm)
 - dcp: the same, waited for
 - torch.save: rank 0 writes all, as most scripts do, to /dev/shm
-- torchsnapshot, dlrover: where `--install` has put them into environments of their own, in runs/rivals
+- lm-resiliency: into memory, and into that of a peer, which is the other rank here
+- torchsnapshot, dlrover, lm-resiliency only where `--install` has put them into environments of their own, in
+  runs/rivals
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,12 +29,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Protocol
 
+import _venvs
+
 BUILT_IN = ("refound", "dcp-thread", "dcp-process", "dcp", "torch.save")
-INSTALLED = {
-    "torchsnapshot": ["torchsnapshot==0.1.0"],
-    "dlrover": ["dlrover==0.6.1", "grpcio", "protobuf", "kubernetes", "tornado"],
-}
-VENVS = Path("runs/rivals")
 LAYERS = 8
 MB = 1_000_000
 
@@ -170,6 +168,33 @@ class DLRover:
         return None
 
 
+class LmResiliency:
+    """Into memory and into a peer's: the in-memory manager itself, fed with the tensors as its own hooks feed it."""
+
+    def __init__(self, model: Any, optimizer: Any, folder: Path) -> None:
+        from lm_resiliency.checkpointing.config import InMemoryCkptConfig  # pyright: ignore[reportMissingImports]
+        from lm_resiliency.experimental import InMemoryCheckpointManager  # pyright: ignore[reportMissingImports]
+
+        config = InMemoryCkptConfig(
+            interval=1, replication_jump=1, disk_flush_interval=0, disk_folder=str(folder / "lm"), run_id="bench"
+        )
+        self._model, self._optimizer, self._manager = model, optimizer, InMemoryCheckpointManager(config)
+
+    def before_step(self) -> None:
+        self._manager.maybe_wait()  # for its copy; the exchange with the peer goes on
+
+    def save(self, step: int) -> None:
+        states = self._optimizer.state.values()
+        tensors = [
+            *self._model.parameters(),
+            *(v for s in states for v in s.values() if hasattr(v, "is_floating_point")),
+        ]
+        self._manager.save_tensors([tensor.detach() for tensor in tensors], step)
+
+    def finish(self) -> None:
+        self._manager.finalize_replication()
+
+
 SAVERS: dict[str, Callable[[Any, Any, Path], Saver]] = {
     "refound": Refound,
     "dcp-thread": lambda model, optimizer, folder: Dcp(model, optimizer, folder, "thread"),
@@ -178,6 +203,7 @@ SAVERS: dict[str, Callable[[Any, Any, Path], Saver]] = {
     "torch.save": TorchSave,
     "torchsnapshot": TorchSnapshot,
     "dlrover": DLRover,
+    "lm-resiliency": LmResiliency,
 }
 
 
@@ -234,7 +260,7 @@ def worker(options: argparse.Namespace) -> None:
 
 def run(contender: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One run of one contender; the blocks that rank 0 wrote down."""
-    python = sys.executable if contender in BUILT_IN else str(VENVS / contender / "bin" / "python")
+    python = sys.executable if contender in BUILT_IN else str(_venvs.python(contender))
     memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="rv-", dir=memory) as folder:
         result = Path(folder) / "result.json"
@@ -247,22 +273,6 @@ def run(contender: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         if done.returncode or not result.exists():
             raise RuntimeError(f"{contender} does not run here: {done.stderr.strip()[-1500:]}")
         return json.loads(result.read_text())
-
-
-def install(contender: str) -> None:
-    """An environment for a contender, on top of this one's packages, so that torch is the same."""
-    folder = VENVS / contender
-    shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    site = next((folder / "lib").glob("python*/site-packages"))
-    ours = next(path for path in map(Path, sys.path) if (path / "torch").is_dir())
-    (site / "zz_base.pth").write_text(f"{ours}\n")
-    import torch
-
-    constraint = folder / "constraints.txt"
-    constraint.write_text(f"torch=={torch.__version__.split('+')[0]}\n")
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", str(constraint), *INSTALLED[contender]], check=True)
 
 
 def figures(name: str, runs: list[list[dict[str, Any]]]) -> dict[str, float]:
@@ -294,10 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from refound.demo.machine import environment
 
-    chosen = options.only or [name for name in SAVERS if name in BUILT_IN or options.install or (VENVS / name).exists()]
+    chosen = options.only or [name for name in SAVERS if name in BUILT_IN or options.install or _venvs.installed(name)]
     if options.install:
         for name in set(chosen) - set(BUILT_IN):
-            install(name)
+            _venvs.install(name)
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in chosen}
     for number in range(options.rounds):
         for name in list(runs):
