@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from refound.demo.corpus import FACTS, TOKENS, Position, corpus_directory, save_tokens
-from refound.demo.errors import CorpusMismatchError
 from refound.demo.model import model_directory
+from refound.distill.corpus import FACTS, TOKENS, Position, corpus_directory, save_tokens
+from refound.distill.errors import CorpusMismatchError
 from tokenizers import Tokenizer
 
 LENGTH, BATCH, WORLD = 7, 2, 3
