@@ -88,7 +88,8 @@ def _layer_space(
                 pairs.append((one, other))
             elif (one, other) == (0, 0):
                 raise RecipeError(f"the teacher itself cannot be served as a child would be: {'; '.join(reasons)}")
-            excluded |= dict.fromkeys(reasons)
+            if 0 in (one, other):  # by itself, beside the teacher's own
+                excluded |= dict.fromkeys(reasons)
     used_attention = sorted({one for one, _ in pairs})
     used_ffn = sorted({other for _, other in pairs})
     return LayerSpace(

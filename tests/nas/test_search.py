@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """One whole search, which several tests look at."""
     wanted = recipe(
-        model, tmp_path_factory.mktemp("search"), distill=Training(tokens=1024, length=32, batch=4, lr=3e-3)
+        model, tmp_path_factory.mktemp("search"), distill=Training(tokens=4096, length=32, batch=4, lr=3e-4)
     )
     done = run_search(wanted, quiet)
     assert done is not None
