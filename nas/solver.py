@@ -6,7 +6,11 @@ each row (Puzzle 2411.19146, section 4). A child that must differ from earlier o
 the options of each. Solved by scipy's `milp` (HiGHS), to a proven gap.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -70,8 +74,6 @@ def solve(
     distance: int = 1,
 ) -> Outcome:
     """The best choice that differs from every earlier one in at least `distance` layers."""
-    import time
-
     began = time.monotonic()
     kept = [
         _undominated(problem, layer) if not earlier else allowed(problem, layer) for layer in range(_layers(problem))
@@ -82,24 +84,79 @@ def solve(
     matrix, low, high = constraints_of(problem, kept, earlier, distance)
     # HiGHS has absolute tolerances, so scores are brought to the size of 1.
     scale = float(np.abs(objective).max()) or 1.0
-    found = run_milp(objective / scale, matrix, low, high, np.ones(len(objective)), seconds, gap)
-    if found.status == 2:
-        return "infeasible"
-    if found.x is None:
-        return "unknown"
+    found = _core(objective / scale, matrix, low, high, len(kept), seconds, gap)
+    if isinstance(found, str):
+        return found
+    values, bound, proven = found
     choice, start = [], 0
     for options in kept:
-        choice.append(int(options[int(np.argmax(found.x[start : start + len(options)]))]))
+        choice.append(int(options[int(np.argmax(values[start : start + len(options)]))]))
         start += len(options)
-    chosen = tuple(choice)
-    score, bound = problem.score(chosen), float(found.mip_dual_bound) * scale
+    score = problem.score(tuple(choice))
     return Solution(
-        choice=chosen,
+        choice=tuple(choice),
         score=score,
-        bound=min(bound, score),
-        proven=found.status == 0,
+        bound=min(bound * scale, score),
+        proven=proven,
         seconds=time.monotonic() - began,
     )
+
+
+def _core(
+    objective: np.ndarray, matrix: Any, low: np.ndarray, high: np.ndarray, layers: int, seconds: float, gap: float
+) -> tuple[np.ndarray, float, bool] | Literal["infeasible", "unknown"]:
+    """(x, bound, proven). Only options that may be in a best choice are searched, which is far fewer.
+
+    An option whose reduced cost in the relaxation is r costs any choice that takes it at least r over the relaxation's
+    bound. So the best choice among options of reduced cost up to d is the best of all, if it is within d of that bound;
+    else d is raised to what it is off by, which is enough.
+    """
+    relaxed = relaxation(objective, matrix, high, layers)
+    if relaxed is None:
+        return "infeasible"
+    floor, reduced = relaxed
+    size = len(objective)
+    reach = max(5 * gap * abs(floor), 1e-6 * float(np.abs(objective).max()))
+    while True:
+        chosen = np.flatnonzero(reduced <= reach + 1e-9)
+        found = run_milp(objective[chosen], matrix[:, chosen], low, high, np.ones(len(chosen)), seconds, gap)
+        is_all = len(chosen) == size
+        if found.x is None:
+            if is_all or found.status != 2:
+                return "infeasible" if found.status == 2 else "unknown"
+            reach = 8 * reach
+            continue
+        bound = max(
+            min(float(found.mip_dual_bound), floor + reach) if not is_all else float(found.mip_dual_bound), floor
+        )
+        close = found.fun - bound <= gap * abs(found.fun) + 1e-12
+        if is_all or close or found.status != 0:
+            values = np.zeros(size)
+            values[chosen] = found.x
+            return values, bound, found.status == 0 and (is_all or close)
+        reach = float(found.fun) - floor + 1e-9
+
+
+def relaxation(objective: np.ndarray, matrix: Any, high: np.ndarray, layers: int) -> tuple[float, np.ndarray] | None:
+    """(the least that fractions of options can reach, the reduced cost of each option); None: even they do not fit."""
+    from scipy.optimize import linprog
+
+    limited = matrix.shape[0] > layers
+    solved: Any = linprog(
+        objective,
+        A_ub=matrix[layers:] if limited else None,
+        b_ub=high[layers:] if limited else None,
+        A_eq=matrix[:layers],
+        b_eq=high[:layers],
+        bounds=(0, None),  # at most 1 follows from one option a layer
+        method="highs",
+    )
+    if solved.status != 0:
+        return None
+    reduced = objective - matrix[:layers].T @ solved.eqlin.marginals
+    if limited:
+        reduced = reduced - matrix[layers:].T @ solved.ineqlin.marginals
+    return float(solved.fun), reduced
 
 
 def pool(problem: Problem, count: int, distance: int, *, seconds: float, gap: float) -> list[Solution]:
@@ -204,10 +261,24 @@ def run_milp(
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     upper = np.where(integral > 0, 1.0, np.inf)
-    return milp(
-        objective,
-        integrality=integral,
-        bounds=Bounds(np.zeros(len(objective)), upper),
-        constraints=LinearConstraint(matrix, low, high),
-        options={"time_limit": seconds, "mip_rel_gap": gap},
-    )
+    with _stdout_spared():
+        return milp(
+            objective,
+            integrality=integral,
+            bounds=Bounds(np.zeros(len(objective)), upper),
+            constraints=LinearConstraint(matrix, low, high),
+            options={"time_limit": seconds, "mip_rel_gap": gap},
+        )
+
+
+@contextlib.contextmanager
+def _stdout_spared() -> Iterator[None]:
+    """HiGHS (1.12) now and then writes a line to stdout though told not to, where JSON may be expected."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
