@@ -17,7 +17,9 @@ import click
 
 from . import __version__
 from .ckpt.errors import ConfigError, DamageError, SnapshotError
+from .distill.errors import DistillError
 from .export.errors import ExportError
+from .nas.errors import SearchError
 from .plan_settings import SETTINGS, Setting
 
 FAILED, USAGE, DAMAGE = 1, 2, 3
@@ -40,7 +42,7 @@ class _DamageFound(click.ClickException):
     exit_code = DAMAGE
 
 
-class _ExportFailed(click.ClickException):
+class _Failed(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # pyright: ignore[reportAttributeAccessIssue]  # click reads it from the instance
@@ -52,8 +54,8 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except ExportError as error:
-            raise _ExportFailed(str(error), error.exit_code) from error
+        except (ExportError, DistillError, SearchError) as error:
+            raise _Failed(str(error), error.exit_code) from error
         except ConfigError as error:
             raise _UsageError(str(error)) from error
         except DamageError as error:
@@ -81,6 +83,8 @@ def main(context: click.Context) -> None:
       refound status --watch                        what the snapshot processes hold right now
       refound verify                                is it still what was put there
       refound plan --nodes 64 --params 70B          what protection costs a job and what it saves
+      refound search recipes/smollm2.toml --toy     the best smaller model for a budget, in three minutes
+      refound distill CHILD --teacher MODEL …       what a child forgot, learned again from its teacher
       refound export MODEL --to vllm,llama.cpp      what stock engines load, proven equal to MODEL
 
     \b
@@ -533,3 +537,95 @@ def bench(
     found = measuring.bench(config, lambda line: click.echo(line, err=True))
     told = {"schema": measuring.SCHEMA, "measured": [asdict(one) for one in found]}
     click.echo(json.dumps(told, indent=2) if as_json else measuring.to_text(found))
+
+
+@main.command(short_help="Find the best smaller model for a budget, and prove it.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Change a setting; again for more.")
+@click.option("--toy", is_flag=True, help="The small search in the recipe's [toy] table.")
+@click.option("--dry-run", is_flag=True, help="Print jobs, hours and bytes, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def search(recipe: Path, settings: tuple[str, ...], toy: bool, dry_run: bool, as_json: bool) -> None:
+    """Search for children of a teacher: which attention and FFN each layer keeps, within the budget in RECIPE.
+
+    \b
+    Examples:
+      refound search recipes/smollm2.toml --dry-run
+      refound search recipes/smollm2.toml --toy
+      refound search recipes/smollm2.toml --set budget.parameters=60% --set out=runs/sixty
+      torchrun --nproc-per-node 4 -m refound search recipes/smollm2.toml
+
+    Killed at any moment, the same command goes on: what is done is kept. Children, search.json and report.html go into
+    the recipe's `out`. The settings: docs/search.md. Exit code 3 if no child meets the budget; the message says which
+    limit is why, and the nearest budget that can be met. 75 if a result could not be written.
+    """
+    from .distill.packages import require
+    from .nas.recipe import read_recipe
+
+    wanted = read_recipe(recipe, settings, toy=toy)
+    require("scipy", "transformers", "tokenizers", "safetensors")
+    from .nas.search import plan_search, run_search
+
+    if dry_run:
+        plan = plan_search(wanted)
+        click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan.to_text())
+        return
+    found = run_search(wanted, lambda line: click.echo(line, err=True))
+    if found is None:
+        return  # another rank tells it
+    from .nas import report
+
+    told, pictures = report.write_report(found)
+    click.echo(json.dumps(report.to_json(found), indent=2) if as_json else report.to_text(found))
+    click.echo(f"{told}\n{pictures}", err=True)
+
+
+@main.command(short_help="Train a child to think like its teacher again.")
+@click.argument("child", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="The model directory it came from.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where to.")
+@click.option(
+    "--text", "sources", multiple=True, help="A source or file; again for more.  [default: Python's own docs]"
+)
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="tokens, length, batch, lr, kl, cosine, …")
+@click.option("--seed", default=0, show_default=True, help="Of the order of the text.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def distill(
+    child: Path,
+    teacher: Path,
+    out: Path,
+    sources: tuple[str, ...],
+    settings: tuple[str, ...],
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Distil TEACHER into CHILD: divergence of the logits and cosine of all hidden states, over text seen once.
+
+    \b
+    Examples:
+      refound distill runs/search/children/1 --teacher MODEL --out better --set tokens=200000
+      refound distill CHILD --teacher MODEL --out better --text bible --text notes.txt --set divergence=jsd
+
+    Killed, the same command goes on from the last state, with the bits of the undisturbed run. The settings:
+    docs/search.md.
+    """
+    from .distill.config import DistillConfig, read_training
+    from .distill.packages import require
+
+    require("transformers", "tokenizers", "safetensors")
+    config = DistillConfig(
+        child=child,
+        teacher=teacher,
+        out=out,
+        sources=sources or DistillConfig.sources,
+        training=read_training(settings),
+        seed=seed,
+        overwrite=overwrite,
+    )
+    from .distill.loop import run_distillation
+
+    outcome = run_distillation(config, lambda line: click.echo(line, err=True))
+    if outcome is not None:
+        click.echo(json.dumps({"schema": 1, **outcome.to_json()}) if as_json else str(outcome))

@@ -8,9 +8,9 @@ widens them to float32 and trains in that.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cache import cached_directory
-from .errors import DemoPackageError
-from .smollm2 import convert_smollm2, package_version
+from ..distill.cache import cached_directory
+from ..distill.errors import PackageMissingError
+from ..distill.smollm2 import smollm2_directory
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,12 +25,12 @@ def model_directory(*, tiny: bool, root: Path | None = None) -> Path:
     """The Hugging Face directory of the demo's model, made on first use (SmolLM2: about 15 s and 270 MB).
 
     Raises:
-        DemoPackageError: if a package of the `demo` extra is missing.
+        PackageMissingError: if a package is missing.
         CacheWriteError: if the cache cannot be written.
     """
     if tiny:
         return cached_directory("tiny-llama-1", _make_tiny, root)
-    return cached_directory(f"smollm2-135m-bf16-{package_version()}-1", convert_smollm2, root)
+    return smollm2_directory(root)
 
 
 def sharded_model(directory: Path, mesh: "DeviceMesh") -> "LlamaForCausalLM":
@@ -80,7 +80,7 @@ def _make_tiny(directory: Path) -> None:
         from transformers.models.llama.configuration_llama import LlamaConfig
         from transformers.models.llama.modeling_llama import LlamaForCausalLM
     except ModuleNotFoundError as error:
-        raise DemoPackageError(error.name or "transformers") from error
+        raise PackageMissingError(error.name or "transformers") from error
 
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

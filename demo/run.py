@@ -11,11 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from ..ckpt.faults import Fault
+from ..distill.corpus import corpus_directory
 from .cluster import Cluster
 from .compare import compare_runs
 from .config import DemoConfig
-from .corpus import corpus_directory
-from .errors import CacheWriteError, RunFailedError
+from .errors import RunFailedError
 from .machine import available_bytes, environment
 from .model import model_directory
 from .progress import Progress
@@ -123,7 +123,7 @@ def _only_one(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
     except OSError as error:
-        raise CacheWriteError(f"cannot write {out}: {error.strerror}. Choose another directory with --out") from error
+        raise RunFailedError(f"cannot write {out}: {error.strerror}. Choose another directory with --out") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

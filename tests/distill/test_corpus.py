@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from refound.demo.corpus import FACTS, TOKENS, Position, corpus_directory, save_tokens
-from refound.demo.errors import CorpusMismatchError
 from refound.demo.model import model_directory
+from refound.distill.corpus import FACTS, TOKENS, Position, corpus_directory, save_tokens
+from refound.distill.errors import CorpusMismatchError
 from tokenizers import Tokenizer
 
 LENGTH, BATCH, WORLD = 7, 2, 3
@@ -90,9 +90,14 @@ def test_a_text_shorter_than_a_window_is_refused(text: Path):
         position(text, length=900)
 
 
+def test_a_large_vocabulary_takes_wider_tokens(tmp_path: Path):
+    save_tokens(tmp_path, np.arange(8) + 65533)
+    assert Position(tmp_path, length=7, batch=1, seed=0).next_batch(0, 1).tolist() == [list(range(65533, 65541))]
+
+
 def test_a_token_that_does_not_fit_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="65536 does not fit"):
-        save_tokens(tmp_path, np.array([1, 65536]))
+    with pytest.raises(ValueError, match="4294967296 does not fit"):
+        save_tokens(tmp_path, np.array([1, 1 << 32]))
 
 
 def test_the_bible_as_bytes_is_the_bible(tmp_path: Path):

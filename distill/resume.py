@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a training loop goes on after it was killed, with and without torchrun.
+
+Under torchrun with refound's backend it is `protect`: snapshots in memory. Without, `DiskGuard` does the same with a
+file: the whole state every few steps, renamed into place, and back from it bit for bit.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..ckpt.link import Place
+from .errors import CacheWriteError, StateMismatchError
+
+STATE = "state.safetensors"
+
+
+def state_folder(out: Path) -> Path:
+    """Where the state of a run that writes to `out` is, while it runs."""
+    return out.absolute().with_name(f".{out.absolute().name}.state")
+
+
+class Guard(Protocol):
+    """What a training loop needs: the step it is at, and a word at the end of each."""
+
+    step: int
+
+    def end_step(self) -> None: ...
+
+    def close(self) -> Any: ...
+
+
+def guard(
+    folder: Path,
+    *,
+    run: str,
+    every: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Any,
+) -> Guard:
+    """Protect model, optimizer and position in the data, and bring back what a killed run had reached.
+
+    run: says which run it is, for `DiskGuard`; a state of another one is refused.
+    every: steps between two states on disk.
+    """
+    if Place.from_environment() is not None:
+        from ..ckpt.protection import protect
+
+        return protect(model=model, optimizer=optimizer, data=data)
+    return DiskGuard(folder, run=run, every=every, model=model, optimizer=optimizer, data=data)
+
+
+class DiskGuard:
+    """The state of a single process in `folder`/state.safetensors."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        run: str,
+        every: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: Any,
+    ) -> None:
+        """Raises StateMismatchError if the state there is of another run, or is damaged."""
+        self._file, self._run, self._every = folder / STATE, run, every
+        self._model, self._optimizer, self._data = model, optimizer, data
+        self.step = 0
+        if self._file.is_file():
+            self._load()
+
+    def end_step(self) -> None:
+        self.step += 1
+        if self.step % self._every == 0:
+            self.save()
+
+    def close(self) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Raises CacheWriteError if the disk is full or cannot be written; the state before stays."""
+        from safetensors.torch import save
+
+        tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
+        tied = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+        tensors = {name: tensor for name, tensor in tensors.items() if tied[tensor.data_ptr()] == name}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        facts = {"run": self._run, "step": self.step, "data": self._data.state_dict(), "sha256": _digest(tensors)}
+        body = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _metadata(facts))
+        part = self._file.with_suffix(".part")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self._file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise CacheWriteError(
+                f"cannot write {self._file}: {error.strerror}. The state of an earlier step is kept; make room and "
+                "run the same command again to go on from it"
+            ) from error
+
+    def _load(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["refound"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise self._damaged(str(error)) from error
+        if facts["run"] != self._run:
+            raise StateMismatchError(
+                f"{self._file} is of a run with other settings or models. Name another --out, or delete that file to "
+                "start anew"
+            )
+        if _digest(tensors) != facts["sha256"]:
+            raise self._damaged("its bytes are not what was written")
+        names = {name: name.removeprefix("model.") for name in tensors if name.startswith("model.")}
+        with torch.no_grad():
+            own = self._model.state_dict()
+            for stored, name in names.items():
+                own[name].copy_(tensors[stored])
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for stored in (name for name in tensors if name.startswith("optimizer.")):
+            _, index, name = stored.split(".", 2)
+            states.setdefault(int(index), {})[name] = tensors[stored]
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": states, "param_groups": groups})
+        self._data.load_state_dict(facts["data"])
+        self.step = facts["step"]
+
+    def _damaged(self, why: str) -> StateMismatchError:
+        return StateMismatchError(f"{self._file} is damaged: {why}. Delete it to start this run anew")
+
+
+def _metadata(facts: dict[str, Any]) -> dict[str, str]:
+    return {"refound": json.dumps(facts, sort_keys=True)}
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + b"\0")
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()

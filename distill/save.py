@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model directory as it is written: whole under its name or not there, with the record of where it came from."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..export.architecture import Decoder
+from ..export.atomic import fresh_directory
+from ..export.configs import uniform_obstacles, write_config, write_nemotron
+from ..export.directory import ModelDirectory
+from ..export.writers import copy_remote
+
+if TYPE_CHECKING:
+    import torch
+
+RECORD = "refound.json"
+SCHEMA = 1
+
+
+def save_model(
+    directory: Path,
+    decoder: Decoder,
+    weights: "Mapping[str, torch.Tensor]",
+    *,
+    companions_of: ModelDirectory,
+    record: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Write the model, with the tokenizer of `companions_of`; `record` goes into refound.json with the files' hashes.
+
+    Raises:
+        OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`.
+    """
+    from safetensors.torch import save_file
+
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    decoder = replace(decoder, dtype=dtype)
+    uneven = bool(uniform_obstacles(decoder))
+    with fresh_directory(directory, overwrite=overwrite) as folder:
+        config = write_nemotron(decoder) if uneven else write_config(decoder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        plain = {name: weights[name].detach().cpu().contiguous() for name in decoder.tensors()}
+        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+        for file in companions_of.companions:
+            shutil.copyfile(file, folder / file.name)
+        if uneven:
+            copy_remote(folder)
+        files = {file.name: _file(file) for file in sorted(folder.iterdir())}
+        told = {"schema": SCHEMA, "parameters": decoder.parameters, **record, "files": files}
+        (folder / RECORD).write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _file(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}

