@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .proof import engines_root
+from .environments import engines_root
 
 
 @dataclass(frozen=True, kw_only=True)
