@@ -38,6 +38,12 @@ FEATURES: dict[str, str] = {
     "dense among experts": "dense layers among those with experts",
 }
 
+EXTRAS: dict[str, str] = {
+    "lora": "LoRA adapters beside the model",
+    "medusa": "Medusa heads",
+}
+"""What an engine takes beside a model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -60,6 +66,8 @@ class Engine:
     families: Mapping[str, Proven] = field(hash=False)
     """Dense families it serves, and how that is known."""
     rules: Mapping[str, Rule] = field(hash=False)
+    extras: Mapping[str, Rule] = field(hash=False)
+    """By the keys of `EXTRAS`."""
     weights: tuple[str, ...]
     """Formats of weights that the exporter writes for it."""
     serve: str
@@ -80,6 +88,7 @@ def _zero(why: str, proof: Proven = "hand") -> Rule:
     return Rule(support="zero", why=why, proof=proof)
 
 
+_TESTED = Rule(support="yes", proof="test")
 _READ = Rule(support="yes", proof="source")
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
 _NO_LINEAR = _no("its nemotron-nas has no linear subblocks", "source")
@@ -94,6 +103,7 @@ ENGINES: dict[str, Engine] = {
         layout="huggingface",
         families=dict.fromkeys(_DENSE, "test"),
         rules=_rules("test"),
+        extras={"lora": _TESTED, "medusa": _no("it does not decode with such heads", "source")},
         weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         serve="python -c \"from transformers import pipeline; print(pipeline('text-generation', '{path}', "
         "trust_remote_code=True)('Once'))\"",
@@ -114,6 +124,7 @@ ENGINES: dict[str, Engine] = {
                 "qwen3_moe unnormalized": _READ,
             },
         ),
+        extras={"lora": _TESTED, "medusa": _TESTED},
         weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         serve="vllm serve {path} --host 127.0.0.1 --trust-remote-code",
     ),
@@ -135,6 +146,7 @@ ENGINES: dict[str, Engine] = {
                 "dense among experts": _no("its qwen3moe wants experts in every layer"),
             },
         ),
+        extras={"lora": _TESTED, "medusa": _no("it has no such heads", "source")},
         weights=("f32", "f16", "q8_0", "q6_k", "q5_k", "q4_k"),
         serve="llama-server -m {path} --host 127.0.0.1",
     ),
@@ -159,6 +171,7 @@ ENGINES: dict[str, Engine] = {
                 "dense among experts": _READ,
             },
         ),
+        extras={"lora": _READ, "medusa": _no("it has no such heads", "source")},
         weights=("source", "bf16", "f16"),
         serve="python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --trust-remote-code",
     ),
@@ -174,6 +187,7 @@ ENGINES: dict[str, Engine] = {
                 "no attention, first": _zero(_FIRST_UNTRIED, "source"),
             },
         ),
+        extras={"lora": _READ, "medusa": _no("only its older engine, which is built beforehand, has them", "source")},
         weights=("source", "bf16", "f16"),
         serve="trtllm-serve {path} --trust_remote_code",
     ),

@@ -2,7 +2,7 @@
 """Find the fastest settings of an engine with few runs, guided by a small model of all runs so far.
 
 The model says that the logarithm of the speed is a sum of one effect for each setting's value, fitted by least squares
-with a weak pull to zero; runs with models of other sizes count less. A value that no run had is tried once. Then each step
+with a weak pull to zero; runs with models of other sizes count less. A value that no run had is tried once. Then each
 step measures what is expected to be best of what is left, until that is no gain any more, or `most` runs are done.
 """
 

@@ -45,6 +45,7 @@ def run(path: str, adapter: str | None, request: dict[str, Any]) -> dict[str, An
         max_num_seqs=len(request["prompts"]),
         # A slot more than adapters: its CPU build gives requests without one the last slot's.
         **({"enable_lora": True, "max_loras": 2, "max_lora_rank": 512} if adapter else {}),
+        speculative_config=request["settings"].get("speculation"),
     )
     lora = LoRARequest("adapter", 1, adapter) if adapter else None
     load_s = time.perf_counter() - began

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from refound.export.directory import open_directory
+from refound.export.environments import engine_python
 from refound.export.errors import ExportUsageError, ModelDamageError, ModelDirectoryError
 from refound.export.medusa import MedusaHead, MedusaHeads, MedusaLayout, read_medusa, write_medusa
+from refound.export.proof import TOLERANCES, compare, make_prompts, run_engine
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -75,6 +78,18 @@ def test_names_are_those_of_each_layout(base: Path, tmp_path: Path) -> None:
     }
     told = json.loads((vllm / "config.json").read_text())
     assert (told["architectures"], told["original_lm_head"], told["medusa_fc_bias"]) == (["MedusaModel"], True, False)
+
+
+@pytest.mark.skipif(engine_python("vllm") is None, reason="vLLM is not installed: make engines ENGINES=vllm")
+def test_vllm_decodes_with_them_and_says_the_same(base: Path, tmp_path: Path) -> None:
+    """Heads only guess, so the tokens are the model's own, whatever random heads guess."""
+    out = write_medusa(heads(), base, tmp_path / "heads", "vllm")
+    speculation = {"method": "medusa", "model": str(out), "num_speculative_tokens": HEADS}
+    prompts = make_prompts(open_directory(base))
+    (wanted,) = run_engine("transformers", [base], prompts)["models"]
+    answer = run_engine("vllm", [base], prompts, settings={"speculation": speculation})
+    figures = compare("vllm", answer["version"], wanted, answer["models"][0], TOLERANCES["f32"])
+    assert figures.holds and figures.equal_prompts >= 7, str(figures)
 
 
 def without_output(given: MedusaHeads) -> MedusaHeads:
