@@ -76,10 +76,10 @@ def test_k_quants_are_made_by_the_engine(tmp_path: Path, weights: str, error: fl
     """Rows of 256 as asked, shorter ones as llama.cpp falls back; what is in the file is near what went in."""
     install.install("llama.cpp")
     model = write_model(tmp_path / "model", decoder(layers=2, hidden_size=256, width=512))
-    done = refound(model, "--to", "llama.cpp", "--quantize", weights, "--out", "out", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (part,) = json.loads(done.stdout)["parts"]
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / part["path"]).tensors}
+    proven = None if weights == "q4_k" else False
+    config = ExportConfig(model=model, engines=("llama.cpp",), out=tmp_path / "out", quantize=weights, verify=proven)
+    (done,) = run.export_model(config, lambda line: None)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(done.part.model_path).tensors}
     fallback = {"q6_k": "Q8_0", "q5_k": "Q5_1", "q4_k": "Q5_0"}[weights]
     assert tensors["blk.0.ffn_up.weight"].tensor_type.name == weights.upper()
     assert tensors["blk.0.attn_output.weight"].tensor_type.name == fallback  # its rows are 128 long
