@@ -75,7 +75,7 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml
 # A gigabyte that only tests need, and the frameworks that examples train with. DeepSpeed is to compile nothing.
 $(TEST_STAMP): $(STAMP)
 	$(call say,installing what only the tests need)
-	@DS_BUILD_OPS=0 $(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[test,hf,deepspeed]'
+	@DS_BUILD_OPS=0 $(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[test,hf,deepspeed,compressed]'
 	@touch $@
 
 demo: $(STAMP)

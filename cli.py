@@ -130,28 +130,32 @@ def _check_faults(context: click.Context, parameter: click.Parameter, faults: tu
 def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed: int, as_json: bool) -> None:
     """Train a real model twice, once through faults, and compare the bits.
 
+    Then the trained model is read out of the job's memory, exported, and continued by every engine that is installed.
+
     \b
     Examples:
       refound demo                                            SmolLM2-135M over 3 nodes, about 5 minutes
       refound demo --tiny                                     a small model, under a minute
       refound demo --tiny --fault 'node=1 step=7 kill'        lose node 1 at step 7
 
-    Exit code 3 if weights, optimizer state or any loss differ between the two runs.
+    Exit code 3 if weights, optimizer state or any loss differ between the two runs, or an engine says something else.
     """
     from .ckpt.faults import FaultRangeError
     from .demo.errors import DemoError
     from .demo.run import DemoConfig, run_demo
+    from .demo_serving import Served
 
     config = DemoConfig(tiny=tiny, faults=faults, out=out, json=as_json, seed=seed, steps=steps)
+    served = Served(config)
     try:
-        result = run_demo(config)
+        result = run_demo(config, served.take)
     except FaultRangeError as error:
         raise click.BadParameter(str(error), param_hint="'--fault'") from error
     except DemoError as error:
         raise click.ClickException(str(error)) from error
-    if as_json:
-        click.echo(json.dumps(result.to_json()))
-    if not result.bit_identical:
+    served.run(lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(result.to_json() | {"served": served.to_json()}) if as_json else served.to_text())
+    if not (result.bit_identical and served.alike):
         sys.exit(DAMAGE)
 
 
@@ -451,21 +455,29 @@ def stop(job: str, force: bool) -> None:
 
 
 @main.command(short_help="Write a model for serving engines, and prove that it computes the same.")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("source", metavar="MODEL|CHECKPOINT|JOB|ADAPTER")
+@click.option("--like", type=click.Path(path_type=Path), help="For weights from training, or an adapter: its base.")
+@click.option("--merge", is_flag=True, help="Write an adapter's base with the adapter in its weights.")
 @click.option("--to", "engines", required=True, metavar="ENGINE[,ENGINE…]", help="transformers, vllm, llama.cpp, …")
 @click.option("--check", is_flag=True, help="Only say what fits these engines, a sentence a layer; reads config.json.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: MODEL-export]")
-@click.option("--quantize", default="none", show_default=True, help="f32, bf16, f16, or q8_0 (GGUF only).")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: …-export]")
+@click.option("--family", default="", help="Write experts in this layout, where exact: mixtral, qwen2_moe, qwen3_moe.")
+@click.option(
+    "--quantize", default="none", show_default=True, help="f32, bf16, f16; int8, int4; GGUF: q8_0, q6_k, q5_k, q4_k."
+)
 @click.option("--verify/--no-verify", default=None, help="With all engines, or none.  [default: those installed]")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--dry-run", is_flag=True, help="Print files, bytes and engine fit, and write nothing.")
 @click.option("--no-tokenizer", is_flag=True, help="Export a model that has none; prompts are token ids then.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 def export(
-    model: Path,
+    source: str,
+    like: Path | None,
     engines: str,
     check: bool,
+    merge: bool,
     out: Path | None,
+    family: str,
     quantize: str,
     verify: bool | None,
     overwrite: bool,
@@ -473,7 +485,12 @@ def export(
     no_tokenizer: bool,
     as_json: bool,
 ) -> None:
-    """Write MODEL, a Hugging Face directory, as each engine loads it, run it there, and compare greedy tokens.
+    """Write a model as each engine loads it, run it there, and compare greedy tokens.
+
+    MODEL: a Hugging Face directory. CHECKPOINT: one of refound, of DCP (FSDP2) or of DeepSpeed ZeRO, or a directory of
+    them. JOB: the newest snapshot in the memory of a job that trains on this machine. What comes from training is
+    weights only; configuration and tokenizer are those of --like, or of a config.json that lies with the checkpoint.
+    ADAPTER: a PEFT directory with LoRA, to be served beside the base that --like names, or merged into it.
 
     \b
     Examples:
@@ -481,44 +498,68 @@ def export(
       refound export MODEL --to llama.cpp --quantize q8_0        GGUF with 8 bits a weight
       refound export MODEL --to vllm,llama.cpp --check           what fits, and what would be written instead
       refound export MODEL --to transformers --dry-run           files and bytes
+      refound export my-job --like MODEL --to vllm               from memory, while it trains
+      refound export ADAPTER --like MODEL --to vllm,llama.cpp    beside MODEL; with --merge as a model
 
     Exit code 3 if an engine cannot represent the model, if its files are damaged, or if the export does not compute
-    what MODEL does; nothing is kept then. Run again after a kill, it keeps the parts that are done.
+    what the source does; nothing is kept then. Run again after a kill, it keeps the parts that are done.
     """
+    from dataclasses import replace
+
+    from . import sources
     from .export import report
+    from .export.adapter_export import AdaptersDone, export_adapter
     from .export.engines import find_engines
     from .export.plan import ExportConfig
 
     names = find_engines(engines)
     if check:
-        fit = report.check(model, names)
+        fit = report.check(sources.configuration_of(source, like), names)
         click.echo(json.dumps(fit.to_json(), indent=2) if as_json else fit.to_text())
         sys.exit(0 if fit.fits else DAMAGE)
     config = ExportConfig(
-        model=model,
+        model=Path(source),
         engines=names,
-        out=out or model.absolute().with_name(model.absolute().name + "-export"),
+        out=out or sources.default_out(source),
+        family=family,
         quantize=quantize,
         verify=verify,
         overwrite=overwrite,
         tokenizer=not no_tokenizer,
     )
-    found = report.plan(config) if dry_run else report.export(config, lambda line: click.echo(line, err=True))
+    found: report.Planned | report.Done | AdaptersDone
+    adapter = sources.beside_base(source, like, merge=merge)
+    if adapter and dry_run:
+        raise _UsageError("--dry-run is for models; an adapter that is exported on its own is copied as it is")
+    if adapter:
+        found = export_adapter(config, *adapter, lambda line: click.echo(line, err=True))
+    elif dry_run:
+        with sources.planned(source, like) as directory:
+            found = report.plan(config, directory)
+    else:
+        with sources.model_directory(source, like, config.out) as made:
+            config = replace(config, model=made.model, origin=made.told)
+            found = report.export(config, lambda line: click.echo(line, err=True))
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
 
 
-@main.command(short_help="Measure an engine on a model, and find its best number of threads.")
+@main.command(short_help="Measure an engine on a model, and find its best settings.")
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.option("--engine", default="transformers", show_default=True, help="transformers, vllm or llama.cpp.")
 @click.option("--length", default=128, show_default=True, help="Tokens of a prompt.")
 @click.option("--batch", default=1, show_default=True, help="Prompts at a time.")
 @click.option("--new-tokens", default=32, show_default=True, help="Tokens to decode for each.")
-@click.option("--threads", type=click.IntRange(min=1), help="Only with so many.  [default: searched for]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="With so many, and all else as usual.  [default: searched for]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 def bench(
     model: Path, engine: str, length: int, batch: int, new_tokens: int, threads: int | None, as_json: bool
 ) -> None:
     """Measure prefill and decode of MODEL (a directory, or a GGUF file) in an engine on this machine.
+
+    Threads, and the engine's own settings (llama.cpp: type of the cache, size of a batch; others: type of numbers) are
+    searched for, guided by all earlier runs, which are kept. Types below float32 round; refound export says how much.
 
     \b
     Examples:

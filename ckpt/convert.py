@@ -26,7 +26,6 @@ from .whole import Whole, is_module, renamed
 FORMATS = ("safetensors", "dcp")
 LARGEST_FILE_BYTES = 5_000_000_000
 _OURS = ("refound.json", ".metadata")
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
 def convert(
@@ -106,16 +105,8 @@ class _Safetensors:
 
     def _module(self, name: str) -> Json:
         """The union of what the ranks hold, under the names that the bare model has."""
-        found: dict[str, tuple[int, Slot]] = {}
-        rest: dict[str, Json] = {}
-        for rank in self._whole.shards:
-            for key, item in self._whole.objects(rank).get(name, {"$ordered": []})["$ordered"]:
-                if isinstance(item, dict) and "$tensor" in item:
-                    found.setdefault(key, (rank, self._whole.slot(rank, item["$tensor"])))
-                else:
-                    rest.setdefault(key, item)
-        prefix = next((p for p in _WRAPPERS if found and all(key.startswith(p) for key in found)), "")
-        entries = [self._entry(key.removeprefix(prefix), *where) for key, where in found.items()]
+        found, rest = self._whole.module(name)
+        entries = [self._entry(key, *where) for key, where in found.items()]
         stem = "model" if name == self._only_module else _stem(name)
         write_split(self._folder, stem, entries, self._largest)
         return {"$module": f"{stem}.safetensors", **({"$extra": rest} if rest else {})}

@@ -10,6 +10,8 @@ from .globals import box_of, ranks_of
 from .shard import Shard, Slot, pieces
 from .tree import Json
 
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
 
 class Whole:
     """All ranks' shards. Tensors are put together when they are asked for, so only one need be in memory at a time."""
@@ -69,6 +71,20 @@ class Whole:
         if covered != out.size:
             raise LayoutMismatchError(f"{slot.path}: the ranks hold {covered} of {out.size} elements")
         return out.reshape(-1).view(np.uint8)
+
+    def module(self, name: str) -> tuple[dict[str, tuple[int, Slot]], dict[str, Json]]:
+        """Of a module: the union of what the ranks hold, as (rank that has it, slot) by the names that the bare model
+        has; and what is no tensor."""
+        found: dict[str, tuple[int, Slot]] = {}
+        rest: dict[str, Json] = {}
+        for rank in self.shards:
+            for key, item in self.objects(rank).get(name, {"$ordered": []})["$ordered"]:
+                if isinstance(item, dict) and "$tensor" in item:
+                    found.setdefault(key, (rank, self.slot(rank, item["$tensor"])))
+                else:
+                    rest.setdefault(key, item)
+        prefix = next((p for p in _WRAPPERS if found and all(key.startswith(p) for key in found)), "")
+        return {key.removeprefix(prefix): where for key, where in found.items()}, rest
 
     def differing_ranks(self, name: str) -> list[int]:
         """Ranks whose object of this name is not what rank 0 has: positions in the data, random states and the like."""

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast an engine runs a model on this machine, and with how many threads it does so best.
+"""How fast an engine runs a model on this machine, and with which settings it does so best.
 
-The search climbs from the number of threads that was best for the nearest model measured before (by parameters, same
-engine, same CPUs): it measures that and its neighbours, and goes on while a neighbour is better. Every measurement is
-kept in a file, so the next search starts from it and the same one is not measured again.
+Every measurement is kept in a file. A search starts from the best settings of the model that is nearest in size among
+those measured before (same engine, same CPUs), and `search` learns from all of them.
 """
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from typing import Any
 from .configs import uniform_obstacles
 from .directory import read_decoder
 from .engines import ENGINES
+from .environments import engines_root
 from .errors import ExportUsageError
-from .proof import Prompts, engines_root, run_engine
+from .proof import Prompts, run_engine
+from .search import Run, Settings, search
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class BenchConfig:
     """Prompts at a time; llama.cpp takes one after the other here."""
     new_tokens: int = 32
     threads: int | None = None
-    """None: searched for."""
+    """With so many and all else as usual. None: the best settings are searched for."""
 
     def __post_init__(self) -> None:
         wrong = [name for name in ("length", "batch", "new_tokens") if getattr(self, name) < 1]
@@ -53,9 +54,25 @@ class Measured:
     length: int
     batch: int
     threads: int
+    settings: dict[str, Any]
+    """The others, by the driver's names."""
     load_s: float
     prefill_tok_s: float
     decode_tok_s: float
+
+
+def space(engine: str, cpus: int) -> dict[str, tuple[Any, ...]]:
+    """The settings of an engine that change its speed, and the values that are tried."""
+    threads = tuple(sorted({min(1 << power, cpus) for power in range(cpus.bit_length() + 1)}))
+    if engine == "llama.cpp":
+        return {"threads": threads, "cache": ("f32", "f16", "f16 flash", "q8_0 flash"), "ubatch": (64, 256, 512)}
+    return {"threads": threads, "dtype": ("float32", "bfloat16")}
+
+
+def usual(engine: str, cpus: int) -> dict[str, Any]:
+    """Where a search starts that knows nothing: all CPUs, and what computes in float32."""
+    largest = ("threads", "ubatch")
+    return {name: values[-1] if name in largest else values[0] for name, values in space(engine, cpus).items()}
 
 
 def bench(config: BenchConfig, progress: Callable[[str], None]) -> list[Measured]:
@@ -64,22 +81,24 @@ def bench(config: BenchConfig, progress: Callable[[str], None]) -> list[Measured
     Raises:
         ExportError: EngineMissingError if the engine is not installed, ProofError if it does not run the model.
     """
-    history = read_history()
     cpus, size_bytes = len(os.sched_getaffinity(0)), model_bytes(config.model)
-    trust = _needs_code(config.model)
+    trust = (config.model,) if _needs_code(config.model) else ()
+    prompts = Prompts(ids=_prompts(config.batch, config.length), text=())
+    found: list[Measured] = []
 
-    def measure(threads: int) -> Measured:
-        progress(f"{config.engine} with {threads} thread{'s' if threads > 1 else ''}")
-        prompts = Prompts(ids=_prompts(config.batch, config.length), text=())
+    def measure(settings: Settings) -> float:
+        progress(f"{config.engine} with {told(settings)}")
+        others = {name: value for name, value in settings.items() if name != "threads"}
         answer = run_engine(
             config.engine,
             [config.model],
             prompts,
-            trust=(config.model,) if trust else (),
+            trust=trust,
             new_tokens=config.new_tokens,
-            threads=threads,
+            threads=settings["threads"],
+            settings=others,
         )
-        (found,) = answer["models"]
+        (one,) = answer["models"]
         measured = Measured(
             engine=config.engine,
             version=answer["version"],
@@ -87,46 +106,49 @@ def bench(config: BenchConfig, progress: Callable[[str], None]) -> list[Measured
             cpus=cpus,
             length=config.length,
             batch=config.batch,
-            threads=threads,
-            load_s=found["load_s"],
-            prefill_tok_s=found["prefill_tok_s"],
-            decode_tok_s=found["decode_tok_s"],
+            threads=settings["threads"],
+            settings=others,
+            load_s=one["load_s"],
+            prefill_tok_s=one["prefill_tok_s"],
+            decode_tok_s=one["decode_tok_s"],
         )
         append_history(measured)
-        return measured
+        found.append(measured)
+        return speed(measured, config)
 
     if config.threads is not None:
-        return [measure(config.threads)]
-    start = likely_threads(history, config.engine, cpus, size_bytes)
-    return sorted(climb(start, cpus, measure), key=lambda one: -one.decode_tok_s)
+        measure(usual(config.engine, cpus) | {"threads": config.threads})
+        return found
+    history = known_runs(read_history(), config, cpus, size_bytes)
+    near = [run for run in history if run.weight == max(run.weight for run in history)]
+    start = max(near, key=lambda run: run.speed).settings if near else usual(config.engine, cpus)
+    for _ in search(space(config.engine, cpus), start, measure, history=history):
+        pass
+    return sorted(found, key=lambda one: -speed(one, config))
 
 
-def climb(start: int, most: int, measure: Callable[[int], Measured]) -> Iterator[Measured]:
-    """Measure `start` and go to the better neighbour (half, double, at most `most`) until none is better."""
-    tried: dict[int, Measured] = {}
-    here = min(max(start, 1), most)
-    while True:
-        for threads in sorted({here, max(here // 2, 1), min(here * 2, most)}):
-            if threads not in tried:
-                tried[threads] = measure(threads)
-                yield tried[threads]
-        best = max(tried, key=lambda threads: tried[threads].decode_tok_s)
-        if best == here:
-            return
-        here = best
+def speed(measured: Measured, config: BenchConfig) -> float:
+    """Prompts of the asked kind a second."""
+    return 1 / (config.length / measured.prefill_tok_s + config.new_tokens / measured.decode_tok_s)
 
 
-def likely_threads(history: list[dict[str, Any]], engine: str, cpus: int, size_bytes: int) -> int:
-    """The best number of threads of the measured model that is nearest in size; all CPUs if there is none."""
-    same = [one for one in history if one.get("engine") == engine and one.get("cpus") == cpus]
-    if not same:
-        return cpus
+def known_runs(history: list[dict[str, Any]], config: BenchConfig, cpus: int, size_bytes: int) -> list[Run]:
+    """Earlier runs of this engine on as many CPUs; the further a model is in size, the less they count."""
+    names = space(config.engine, cpus)
+    runs = []
+    for one in history:
+        settings = {"threads": one["threads"], **(one.get("settings") or {})}
+        if one["engine"] == config.engine and one["cpus"] == cpus and settings.keys() == names.keys():
+            distance = abs(math.log(one["model_bytes"] / size_bytes))
+            measured = Measured(**{name: one[name] for name in Measured.__dataclass_fields__})
+            runs.append(Run(settings=settings, speed=speed(measured, config), weight=0.5 / (1 + distance)))
+    return runs
 
-    def distance(one: dict[str, Any]) -> float:
-        return abs(math.log(one["model_bytes"] / size_bytes))
 
-    nearest = min(map(distance, same))
-    return max((one for one in same if distance(one) == nearest), key=lambda one: one["decode_tok_s"])["threads"]
+def told(settings: Settings) -> str:
+    """Settings as words."""
+    words = [f"{settings['threads']} thread{'s' if settings['threads'] > 1 else ''}"]
+    return ", ".join([*words, *(f"{name} {value}" for name, value in settings.items() if name != "threads")])
 
 
 def model_bytes(path: Path) -> int:
@@ -170,8 +192,8 @@ def to_text(found: list[Measured]) -> str:
     best = found[0]
     lines = [f"{ENGINES[best.engine].title} {best.version}, prompts of {best.length} tokens, {best.batch} at a time"]
     lines += [
-        f"  {one.threads} threads: prefill {one.prefill_tok_s:.0f} tok/s, decode {one.decode_tok_s:.1f} tok/s, "
-        f"loads in {one.load_s:.1f} s"
+        f"  {told({'threads': one.threads, **one.settings})}: prefill {one.prefill_tok_s:.0f} tok/s, "
+        f"decode {one.decode_tok_s:.1f} tok/s, loads in {one.load_s:.1f} s"
         for one in found
     ]
     return "\n".join(lines)

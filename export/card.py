@@ -12,7 +12,7 @@ from .atomic import size_text
 from .directory import ModelDirectory
 from .engines import ENGINES
 from .fit import Finding
-from .plan import Part
+from .plan import ExportConfig, Part
 from .proof import Figures
 
 SCHEMA = 1
@@ -25,6 +25,7 @@ def make_record(
     part: Part,
     source: ModelDirectory,
     *,
+    origin: str,
     fingerprint: str,
     directory: Path,
     findings: Sequence[Finding],
@@ -34,7 +35,7 @@ def make_record(
     """The contents of `refound.json`: what it was made from and how, hashes, and what was measured."""
     return {
         "schema": SCHEMA,
-        "source": {"path": str(source.path.absolute()), "sha256": fingerprint, "notes": list(source.notes)},
+        "source": {"path": origin, "sha256": fingerprint, "notes": list(source.notes)},
         "recipe": recipe(part),
         "replaced": [str(finding) for finding in findings if finding.engine in part.engines],
         "parameters": source.decoder.parameters,
@@ -46,7 +47,13 @@ def make_record(
 
 def recipe(part: Part) -> dict[str, Any]:
     """What decides the bytes of a part, beside its source."""
-    return {"writer": WRITER, "layout": part.layout, "engines": list(part.engines), "weights": part.weights}
+    return {
+        "writer": WRITER,
+        "layout": part.layout,
+        "family": part.decoder.family,
+        "engines": list(part.engines),
+        "weights": part.weights,
+    }
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -63,11 +70,14 @@ def _file(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
-def make_card(part: Part, source: Decoder, name: str, figures: Sequence[Figures], unproven: Sequence[str]) -> str:
+def make_card(
+    config: ExportConfig, part: Part, source: Decoder, figures: Sequence[Figures], unproven: Sequence[str]
+) -> str:
     """The model card, in Markdown with the metadata that the Hub reads."""
     lines = ["---", "library_name: transformers" if part.layout == "huggingface" else "library_name: llama.cpp"]
-    lines += ["tags: [refound]", "pipeline_tag: text-generation", "---", "", f"# {name}", ""]
+    lines += ["tags: [refound]", "pipeline_tag: text-generation", "---", "", f"# {config.name}", ""]
     lines += [f"{source.parameters / 1e6:.1f} M parameters: {source}.", ""]
+    lines += [f"Made of {config.origin}.", ""] if config.origin else []
     lines += [f"Written by `refound export` as {part.layout}, weights {part.weights}, {size_text(part.bytes)}.", ""]
     lines += ["## Serve it", ""]
     target = part.shards[0][0] if part.layout == "gguf" else "."

@@ -150,12 +150,18 @@ def open_directory(path: Path, *, tokenizer: bool = True) -> ModelDirectory:
                 raise ModelDamageError(f"{name} is in {tensors[name].file.name} and in {file.name}; which one is it?")
             tensors[name] = stored
     notes = _check(path, decoder, tensors)
-    if tokenizer and not any((path / name).is_file() for name in _TOKENIZERS):
+    if tokenizer:
+        require_tokenizer(path)
+    return ModelDirectory(path=path, decoder=decoder, tensors=tensors, notes=notes)
+
+
+def require_tokenizer(path: Path) -> None:
+    """Raise ModelDirectoryError if the directory has no tokenizer."""
+    if not any((path / name).is_file() for name in _TOKENIZERS):
         raise ModelDirectoryError(
             f"{path} has no tokenizer ({', '.join(_TOKENIZERS)}), and engines do not serve without. Copy the files of "
             "the model that it was trained from, or say --no-tokenizer if prompts come as token ids"
         )
-    return ModelDirectory(path=path, decoder=decoder, tensors=tensors, notes=notes)
 
 
 def read_header(file: Path) -> dict[str, Stored]:

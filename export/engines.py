@@ -8,13 +8,15 @@ give silently wrong answers for a few layouts; those are refused here, with the 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from .errors import ExportUsageError
 
 Layout = Literal["huggingface", "gguf"]
 Support = Literal["yes", "zero", "no"]
 """`zero`: by weights of zeros, which compute the same. `no`: refused."""
+Proven = Literal["test", "hand", "source"]
+"""`test`: tests/export runs that engine on such a model. `hand`: tried once. `source`: read in its code."""
 
 FEATURES: dict[str, str] = {
     "kv heads a layer": "KV heads that differ from layer to layer",
@@ -31,9 +33,16 @@ FEATURES: dict[str, str] = {
     "mixtral": "Mixtral's experts",
     "qwen2_moe": "Qwen2-MoE: a shared expert, weights of the top k not normalized",
     "qwen2_moe normalized": "Qwen2-MoE with normalized weights of the top k",
-    "qwen3_moe": "Qwen3-MoE's experts",
+    "qwen3_moe": "Qwen3-MoE's experts, weights of the top k normalized",
+    "qwen3_moe unnormalized": "Qwen3-MoE whose weights of the top k are not normalized",
     "dense among experts": "dense layers among those with experts",
 }
+
+EXTRAS: dict[str, str] = {
+    "lora": "LoRA adapters beside the model",
+    "medusa": "Medusa heads",
+}
+"""What an engine takes beside a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +52,7 @@ class Rule:
     support: Support
     why: str = ""
     """For `zero` and `no`: what happens otherwise, as the end of a sentence."""
-    proof: Literal["test", "hand", "source"] = "hand"
-    """`test`: tests/export runs that engine on such a model. `hand`: tried once. `source`: read in its code."""
+    proof: Proven = "hand"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,35 +63,38 @@ class Engine:
     tried: str
     """The version that the rules were tried on."""
     layout: Layout
-    families: Mapping[str, Literal["test", "hand", "source"]] = field(hash=False)
+    families: Mapping[str, Proven] = field(hash=False)
     """Dense families it serves, and how that is known."""
     rules: Mapping[str, Rule] = field(hash=False)
+    extras: Mapping[str, Rule] = field(hash=False)
+    """By the keys of `EXTRAS`."""
     weights: tuple[str, ...]
     """Formats of weights that the exporter writes for it."""
     serve: str
     """A command that serves the export; `{path}` stands for it."""
 
 
-def _rules(default: Literal["test", "hand", "source"], /, **named: Rule | Support) -> dict[str, Rule]:
-    given = {name.replace("__", ", ").replace("_", " "): rule for name, rule in named.items()}
-    given = {_MOE.get(name, name): rule for name, rule in given.items()}
-    rules = {}
-    for name, rule in given.items():
-        rules[name] = rule if isinstance(rule, Rule) else Rule(support=cast(Support, rule), proof=default)
-    return rules
+def _rules(proof: Proven, others: Mapping[str, Rule] | None = None) -> dict[str, Rule]:
+    """`yes` for every feature but `others`, known by `proof`."""
+    usual = Rule(support="yes", proof=proof)
+    return {name: (others or {}).get(name, usual) for name in FEATURES}
 
 
-_MOE = {"qwen2 moe": "qwen2_moe", "qwen3 moe": "qwen3_moe", "qwen2 moe normalized": "qwen2_moe normalized"}
-_DENSE = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def _no(why: str, proof: Literal["test", "hand", "source"] = "hand") -> Rule:
+def _no(why: str, proof: Proven = "hand") -> Rule:
     return Rule(support="no", why=why, proof=proof)
 
 
-def _zero(why: str, proof: Literal["test", "hand", "source"] = "hand") -> Rule:
+def _zero(why: str, proof: Proven = "hand") -> Rule:
     return Rule(support="zero", why=why, proof=proof)
 
+
+_TESTED = Rule(support="yes", proof="test")
+_READ = Rule(support="yes", proof="source")
+_DENSE = ("llama", "mistral", "qwen2", "qwen3")
+_NO_LINEAR = _no("its nemotron-nas has no linear subblocks", "source")
+_LINEAR_UNTRIED = _no("linear subblocks were not tried", "source")
+_FIRST_UNTRIED = "a first layer without attention was not tried"
+_MULT_ONLY = "it reads ffn_mult only, which says multiples of 256"
 
 ENGINES: dict[str, Engine] = {
     "transformers": Engine(
@@ -91,26 +102,9 @@ ENGINES: dict[str, Engine] = {
         tried="5.24",
         layout="huggingface",
         families=dict.fromkeys(_DENSE, "test"),
-        rules=_rules(
-            "test",
-            kv_heads_a_layer="yes",
-            ffn_width_a_layer="yes",
-            any_ffn_width="yes",
-            no_attention="yes",
-            no_attention__first="yes",
-            no_ffn="yes",
-            neither="yes",
-            neither__last="yes",
-            linear_attention="yes",
-            linear_ffn="yes",
-            window="yes",
-            mixtral="yes",
-            qwen2_moe="yes",
-            qwen2_moe_normalized="yes",
-            qwen3_moe="yes",
-            dense_among_experts="yes",
-        ),
-        weights=("source", "f32", "bf16", "f16"),
+        rules=_rules("test"),
+        extras={"lora": _TESTED, "medusa": _no("it does not decode with such heads", "source")},
+        weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         serve="python -c \"from transformers import pipeline; print(pipeline('text-generation', '{path}', "
         "trust_remote_code=True)('Once'))\"",
     ),
@@ -121,51 +115,39 @@ ENGINES: dict[str, Engine] = {
         families={"llama": "hand", "mistral": "source", "qwen2": "source", "qwen3": "source"},
         rules=_rules(
             "hand",
-            kv_heads_a_layer="yes",
-            ffn_width_a_layer="yes",
-            any_ffn_width="yes",
-            no_attention="yes",
-            no_attention__first=_zero("it crashes there (too many values to unpack)"),
-            no_ffn="yes",
-            neither="yes",
-            neither__last=Rule(support="yes", proof="source"),
-            linear_attention=_no("its nemotron-nas has no linear subblocks", "source"),
-            linear_ffn=_no("its nemotron-nas has no linear subblocks", "source"),
-            window=Rule(support="yes", proof="source"),
-            mixtral="yes",
-            qwen2_moe="yes",
-            qwen2_moe_normalized="yes",
-            qwen3_moe="yes",
-            dense_among_experts="yes",
+            {
+                "no attention, first": _zero("it crashes there (too many values to unpack)"),
+                "neither, last": _READ,
+                "linear attention": _NO_LINEAR,
+                "linear ffn": _NO_LINEAR,
+                "window": _READ,
+                "qwen3_moe unnormalized": _READ,
+            },
         ),
-        weights=("source", "f32", "bf16", "f16"),
+        extras={"lora": _TESTED, "medusa": _TESTED},
+        weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         serve="vllm serve {path} --host 127.0.0.1 --trust-remote-code",
     ),
     "llama.cpp": Engine(
         title="llama.cpp",
         tried="build 11549 (xllamacpp 2026.10.11549)",
         layout="gguf",
-        families={"llama": "test", "mistral": "test", "qwen2": "test", "qwen3": "test"},
+        families=dict.fromkeys(_DENSE, "test"),
         rules=_rules(
             "test",
-            kv_heads_a_layer="yes",
-            ffn_width_a_layer="yes",
-            any_ffn_width="yes",
-            no_attention="yes",
-            no_attention__first=_zero("it does not load one whose first layer has no heads", "test"),
-            no_ffn=_zero("it drops the attention's output of a layer without FFN and answers wrongly", "test"),
-            neither="yes",
-            neither__last=_zero("it aborts on a last layer that computes nothing", "test"),
-            linear_attention="yes",
-            linear_ffn=_no("its architecture deci has no such tensor", "source"),
-            window=_no("it would attend to all tokens: windows of these families are not in GGUF", "source"),
-            mixtral="yes",
-            qwen2_moe="yes",
-            qwen2_moe_normalized=_no("it ignores norm_topk_prob there and answers wrongly", "test"),
-            qwen3_moe="yes",
-            dense_among_experts=_no("its qwen3moe wants experts in every layer"),
+            {
+                "no attention, first": _zero("it does not load one whose first layer has no heads", "test"),
+                "no ffn": _zero("it drops the attention's output of a layer without FFN and answers wrongly", "test"),
+                "neither, last": _zero("it aborts on a last layer that computes nothing", "test"),
+                "linear ffn": _no("its architecture deci has no such tensor", "source"),
+                "window": _no("it would attend to all tokens: windows of these families are not in GGUF", "source"),
+                "qwen2_moe normalized": _no("it ignores norm_topk_prob there and answers wrongly", "test"),
+                "qwen3_moe unnormalized": _no("it normalizes them there and answers wrongly", "test"),
+                "dense among experts": _no("its qwen3moe wants experts in every layer"),
+            },
         ),
-        weights=("f32", "f16", "q8_0"),
+        extras={"lora": _TESTED, "medusa": _no("it has no such heads", "source")},
+        weights=("f32", "f16", "q8_0", "q6_k", "q5_k", "q4_k"),
         serve="llama-server -m {path} --host 127.0.0.1",
     ),
     "sglang": Engine(
@@ -175,23 +157,21 @@ ENGINES: dict[str, Engine] = {
         families={"llama": "hand", "mistral": "source", "qwen2": "source", "qwen3": "source"},
         rules=_rules(
             "hand",
-            kv_heads_a_layer=_no("it raises 'VGQA is not yet supported'"),
-            ffn_width_a_layer="yes",
-            any_ffn_width=_zero("it reads ffn_mult only, which says multiples of 256"),
-            no_attention="yes",
-            no_attention__first=_zero("a first layer without attention was not tried"),
-            no_ffn="yes",
-            neither="yes",
-            neither__last=Rule(support="yes", proof="source"),
-            linear_attention=_no("linear subblocks were not tried", "source"),
-            linear_ffn=_no("linear subblocks were not tried", "source"),
-            window=Rule(support="yes", proof="source"),
-            mixtral="yes",
-            qwen2_moe=Rule(support="yes", proof="source"),
-            qwen2_moe_normalized=Rule(support="yes", proof="source"),
-            qwen3_moe="yes",
-            dense_among_experts=Rule(support="yes", proof="source"),
+            {
+                "kv heads a layer": _no("it raises 'VGQA is not yet supported'"),
+                "any ffn width": _zero(_MULT_ONLY),
+                "no attention, first": _zero(_FIRST_UNTRIED),
+                "neither, last": _READ,
+                "linear attention": _LINEAR_UNTRIED,
+                "linear ffn": _LINEAR_UNTRIED,
+                "window": _READ,
+                "qwen2_moe": _READ,
+                "qwen2_moe normalized": _READ,
+                "qwen3_moe unnormalized": _READ,
+                "dense among experts": _READ,
+            },
         ),
+        extras={"lora": _READ, "medusa": _no("it has no such heads", "source")},
         weights=("source", "bf16", "f16"),
         serve="python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --trust-remote-code",
     ),
@@ -202,23 +182,12 @@ ENGINES: dict[str, Engine] = {
         families=dict.fromkeys(_DENSE, "source"),
         rules=_rules(
             "source",
-            kv_heads_a_layer="yes",
-            ffn_width_a_layer="yes",
-            any_ffn_width=_zero("it reads ffn_mult only, which says multiples of 256", "source"),
-            no_attention="yes",
-            no_attention__first=_zero("a first layer without attention was not tried", "source"),
-            no_ffn="yes",
-            neither="yes",
-            neither__last="yes",
-            linear_attention="yes",
-            linear_ffn="yes",
-            window="yes",
-            mixtral="yes",
-            qwen2_moe="yes",
-            qwen2_moe_normalized="yes",
-            qwen3_moe="yes",
-            dense_among_experts="yes",
+            {
+                "any ffn width": _zero(_MULT_ONLY, "source"),
+                "no attention, first": _zero(_FIRST_UNTRIED, "source"),
+            },
         ),
+        extras={"lora": _READ, "medusa": _no("only its older engine, which is built beforehand, has them", "source")},
         weights=("source", "bf16", "f16"),
         serve="trtllm-serve {path} --trust_remote_code",
     ),

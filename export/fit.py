@@ -111,8 +111,11 @@ def _features(decoder: Decoder, index: int, uneven: bool) -> Iterator[str]:
         yield "window"
     if ffn.kind == "moe":
         yield decoder.family
-        if decoder.family == "qwen2_moe" and ffn.normalized:
+        choice = ffn.top_k < ffn.experts  # over all of them the weights sum to 1 anyway
+        if decoder.family == "qwen2_moe" and ffn.normalized and choice:
             yield "qwen2_moe normalized"
+        if decoder.family == "qwen3_moe" and not ffn.normalized and choice:
+            yield "qwen3_moe unnormalized"
     elif decoder.blocks.moe and ffn.kind == "dense":
         yield "dense among experts"
     if not uneven:
@@ -150,5 +153,6 @@ def _nearest(decoder: Decoder, layer: Layer, feature: str) -> Layer | None:
         "linear ffn": replace(layer, ffn=FFN(width=min(widths, default=NEMOTRON_STEP))),
         "window": replace(layer, attention=replace(attention, window=None)),
         "qwen2_moe normalized": replace(layer, ffn=replace(ffn, normalized=False)),
+        "qwen3_moe unnormalized": replace(layer, ffn=replace(ffn, normalized=True)),
     }
     return changes.get(feature)

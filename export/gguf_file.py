@@ -7,7 +7,7 @@ Tensors are written one after the other, so one at a time is in memory. Names an
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Read = Callable[[str], "torch.Tensor"]
 """A weight by its Hugging Face name."""
+Quantize = Callable[["np.ndarray[Any, Any]", str], "np.ndarray[Any, Any]"]
+"""(rows as float32, type as GGUF names it) → their blocks as bytes."""
 
 _ATTENTION = {
     "q_proj": "attn_q",
@@ -47,6 +49,19 @@ _OTHERS = {
 }
 _MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {**{f"self_attn.{name}": target for name, target in _ATTENTION.items()}, **_OTHERS}
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k": 14, "q5_k": 16, "q6_k": 18}
+"""Formats of weights, and llama.cpp's number for a file that is mostly so (`llama_ftype`)."""
+_BLOCKS = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "Q8_0": (32, 34),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
+"""Numbers in a block, and its bytes."""
 _ALWAYS_F32 = ("ffn_gate_inp", "ffn_gate_inp_shexp")
 # How a tokenizer splits text before merging: its pattern, and llama.cpp's name for that
 _LLAMA3 = (
@@ -65,18 +80,18 @@ class Entry:
     parts: tuple[str, ...]
     shape: tuple[int, ...]
     type: str
-    """F32, F16 or Q8_0."""
+    """As GGUF names it: F32, F16, Q8_0, Q4_K, …"""
     heads: int = 0
     """If not 0, rows are permuted within each of so many heads."""
 
     @property
     def bytes(self) -> int:
-        count = math.prod(self.shape)
-        return {"F32": 4 * count, "F16": 2 * count, "Q8_0": count // 32 * 34}[self.type]
+        block, block_bytes = _BLOCKS[self.type]
+        return math.prod(self.shape) // block * block_bytes
 
 
 def file_entries(decoder: Decoder, weights: str) -> list[Entry]:
-    """The tensors of the file in order. weights: f32, f16 or q8_0; vectors and routers stay F32."""
+    """The tensors of the file in order. weights: a key of `FILE_TYPES`; vectors and routers stay F32."""
     grouped: dict[str, list[str]] = {}
     for name in decoder.tensors():
         grouped.setdefault(_target(name), []).append(name)
@@ -89,11 +104,19 @@ def file_entries(decoder: Decoder, weights: str) -> list[Entry]:
             shape = shape[1:]
         if "_exps" in base:
             shape = (len(parts), *shape)
-        kind = "F32" if len(shape) == 1 or base in _ALWAYS_F32 else weights.upper()
-        if kind == "Q8_0" and shape[-1] % 32:
-            kind = "F16"  # a block is 32 numbers of a row; llama.cpp's own quantizer falls back like this too
+        kind = "F32" if len(shape) == 1 or base in _ALWAYS_F32 else _matrix_type(weights, base, shape[-1])
         entries.append(Entry(name=target, parts=tuple(parts), shape=shape, type=kind, heads=_heads(decoder, parts[0])))
     return entries
+
+
+def _matrix_type(weights: str, base: str, columns: int) -> str:
+    """What a matrix is stored as: blocks lie within rows, so llama.cpp's own quantizer falls back like this too."""
+    kind = weights.upper()
+    if kind.endswith("_K") and base in ("token_embd", "output"):
+        kind = "Q6_K"
+    if columns % _BLOCKS[kind][0]:
+        kind = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}.get(kind, "F16")
+    return "F16" if columns % _BLOCKS[kind][0] else kind
 
 
 def _target(name: str) -> str:
@@ -117,22 +140,26 @@ def _heads(decoder: Decoder, name: str) -> int:
     return decoder.layers[layer].attention.kv_heads if "k_proj" in name else 0
 
 
-def write_gguf(path: Path, decoder: Decoder, read: Read, *, weights: str, tokenizer: Path | None) -> None:
-    """Write the file. read: gives each weight of `decoder.tensors()`; tokenizer: the directory that has it.
+def write_gguf(
+    path: Path,
+    decoder: Decoder,
+    read: Read,
+    *,
+    weights: str,
+    tokenizer: Path | None,
+    quantize: Quantize | None = None,
+) -> None:
+    """Write the file. read: gives each weight of `decoder.tensors()`; tokenizer: the directory that has it; quantize:
+    for k-quants, which only the engine makes.
 
     Raises:
         ExportError: if the package gguf is missing.
         ModelDirectoryError: if the tokenizer is of a kind that is not written.
     """
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise ExportError("GGUF files need the package 'gguf': pip install 'refound[export]'") from error
-
-    uneven = bool(uniform_obstacles(decoder))
-    writer = gguf.GGUFWriter(path, "deci" if uneven else decoder.blocks.gguf)
-    _settings(writer, decoder, uneven=uneven)
-    writer.add_file_type({"f32": 0, "f16": 1, "q8_0": 7}[weights])
+    gguf = _package()
+    writer = gguf.GGUFWriter(path, _architecture(decoder))
+    _settings(writer, decoder, uneven=bool(uniform_obstacles(decoder)))
+    writer.add_file_type(FILE_TYPES[weights])
     write_tokenizer(writer, decoder, tokenizer)
     entries = file_entries(decoder, weights)
     factors = _frequency_factors(decoder)
@@ -140,7 +167,8 @@ def write_gguf(path: Path, decoder: Decoder, read: Read, *, weights: str, tokeni
         writer.add_tensor_info("rope_freqs.weight", list(factors.shape), factors.dtype, factors.nbytes)
     for entry in entries:
         kind = gguf.GGMLQuantizationType[entry.type]
-        shape = gguf.quant_shape_to_byte_shape(entry.shape, kind) if entry.type == "Q8_0" else entry.shape
+        blocks = _BLOCKS[entry.type][0] > 1
+        shape = gguf.quant_shape_to_byte_shape(entry.shape, kind) if blocks else entry.shape
         writer.add_tensor_info(entry.name, list(shape), _numpy_type(entry.type), entry.bytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -148,25 +176,72 @@ def write_gguf(path: Path, decoder: Decoder, read: Read, *, weights: str, tokeni
     if factors is not None:
         writer.write_tensor_data(factors)
     for entry in entries:
-        writer.write_tensor_data(_data(entry, read))
+        writer.write_tensor_data(_data(entry, read, quantize))
     writer.close()
+
+
+def write_gguf_adapter(path: Path, decoder: Decoder, pairs: "Mapping[str, tuple[torch.Tensor, torch.Tensor]]") -> None:
+    """A LoRA adapter as llama.cpp loads it beside a base in GGUF, in float32.
+
+    pairs: A (rank, columns) and B (rows, rank), with all scaling in B, by the Hugging Face name of the weight.
+
+    Raises:
+        ExportError: if the package gguf is missing.
+    """
+    gguf = _package()
+    writer = gguf.GGUFWriter(path, _architecture(decoder))
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    # llama.cpp multiplies by alpha / rank, with the rank of each pair
+    alpha = float(max(a.shape[0] for a, _ in pairs.values()))
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, (a, b) in pairs.items():
+        target, heads = _target(name), _heads(decoder, name)
+        rows = _paired(b, heads) if heads else b
+        writer.add_tensor(f"{target}.lora_a", a.float().contiguous().numpy())
+        writer.add_tensor(f"{target}.lora_b", (rows.float() * (a.shape[0] / alpha)).contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ExportError("GGUF files need the package 'gguf': pip install 'refound[export]'") from error
+    return gguf
+
+
+def _architecture(decoder: Decoder) -> str:
+    return "deci" if uniform_obstacles(decoder) else decoder.blocks.gguf
+
+
+def _paired(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """Rows that are rotated together, half a head apart, side by side."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _numpy_type(kind: str) -> Any:
     import numpy as np
 
-    return np.dtype({"F32": np.float32, "F16": np.float16, "Q8_0": np.uint8}[kind])
+    return np.dtype({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8))
 
 
-def _data(entry: Entry, read: Read) -> "np.ndarray[Any, Any]":
+def _data(entry: Entry, read: Read, quantize: Quantize | None) -> "np.ndarray[Any, Any]":
     import gguf
     import torch
 
     parts = [read(name).to(torch.float32) for name in entry.parts]
     rows = torch.stack(parts) if len(parts) > 1 or "_exps" in entry.name else parts[0]
     if entry.heads:
-        rows = rows.reshape(entry.heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2)
+        rows = _paired(rows, entry.heads)
     data = rows.reshape(entry.shape).contiguous().numpy()
+    if entry.type.endswith("_K"):
+        if quantize is None:
+            raise ExportError(f"{entry.name} is to be {entry.type}, which only llama.cpp's own quantizer makes")
+        return quantize(data, entry.type)
     return gguf.quantize(data, gguf.GGMLQuantizationType[entry.type])
 
 

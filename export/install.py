@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .proof import engines_root
+from .environments import engines_root
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def _requirements(wheel: Path) -> list[str]:
 
 RECIPES = {
     "llama.cpp": Recipe(cost="34 MB to download, 200 MB on disk, seconds", install=_llama_cpp),
-    "vllm": Recipe(cost="about 1 GB to download, 2.5 GB on disk, 3 to 4 minutes", install=_vllm),
+    "vllm": Recipe(cost="about 1 GB to download, 2.5 GB on disk, 4 minutes on 2 cores", install=_vllm),
 }
 
 

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an export would write: settings, and the plan that follows from them. Nothing is written here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .architecture import Decoder
+from .compressed import BITS, Rounding, is_rounded, rounding_of
 from .configs import uniform_obstacles
 from .directory import ModelDirectory
 from .engines import ENGINES, Layout
 from .errors import EngineFitError, ExportUsageError
 from .fit import Finding, adapt, check_fit
-from .gguf_file import file_entries
+from .gguf_file import FILE_TYPES, file_entries
+from .relayout import Relayout, relayout
 
 SHARD_BYTES = 4_000_000_000
-QUANTIZE = ("none", "f32", "bf16", "f16", "q8_0")
+QUANTIZE = ("none", "bf16", *FILE_TYPES, *BITS)
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 REMOTE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 _SLACK_BYTES = 1 << 20  # headers, configuration, card
@@ -29,12 +32,21 @@ class ExportConfig:
     out: Path
     """Each layout gets a directory of its own in it."""
     quantize: str = "none"
-    """`none`: Hugging Face directories keep the types of the source, GGUF is f32. Or f32, bf16, f16, q8_0."""
+    """`none`: Hugging Face directories keep the types of the source, GGUF is f32. Or one of `QUANTIZE`."""
     verify: bool | None = None
     """None: with the engines that are installed. True: all must be. False: none, and the export says so."""
     overwrite: bool = False
     tokenizer: bool = True
     """Without one only token ids can be served."""
+    family: str = ""
+    """Experts are written in this family's layout. Empty: in the source's."""
+    origin: str = ""
+    """What `model` was made of, where it is not the user's own: a checkpoint, or a job's memory."""
+
+    @property
+    def name(self) -> str:
+        """Of the model, for people."""
+        return self.out.absolute().name.removesuffix("-export") if self.origin else self.model.absolute().name
 
     def __post_init__(self) -> None:
         if self.quantize not in QUANTIZE:
@@ -50,11 +62,15 @@ class Part:
     directory: Path
     decoder: Decoder
     weights: str
-    """source, f32, bf16 or f16 in a Hugging Face directory; f32, f16 or q8_0 in GGUF."""
+    """source, f32, bf16, f16 or a key of `BITS` in a Hugging Face directory; a key of `FILE_TYPES` in GGUF."""
     shards: tuple[tuple[str, tuple[str, ...]], ...]
     """(file, tensors in it)."""
     files: tuple[tuple[str, int], ...]
     """(name, bytes): exact for weights, about right for the small ones."""
+    relayout: Relayout | None = None
+    """How the source's weights are called otherwise; `decoder` is as they are called here."""
+    rounding: Rounding | None = None
+    """Of weights that are keys of `BITS`."""
 
     @property
     def bytes(self) -> int:
@@ -92,19 +108,21 @@ def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
     """Decide what to write.
 
     Raises:
-        EngineFitError: if an engine cannot represent the model, with a line for each obstacle.
+        EngineFitError: if an engine or `config.family` cannot represent the model, with a line for each obstacle.
         ExportUsageError: if the weights' format is not for a layout.
     """
-    findings = [finding for name in config.engines for finding in check_fit(source.decoder, name)]
+    moved = relayout(source.decoder, config.family) if config.family not in ("", source.decoder.family) else None
+    decoder = moved.decoder if moved else source.decoder
+    findings = [finding for name in config.engines for finding in check_fit(decoder, name)]
     refuse(findings)
     parts = []
     layouts: tuple[Layout, ...] = ("huggingface", "gguf")
     for layout in layouts:
         engines = tuple(name for name in config.engines if ENGINES[name].layout == layout)
         if engines:
-            decoder = adapt(source.decoder, engines)
-            refuse([finding for name in engines for finding in check_fit(decoder, name)])
-            parts.append(_part(config, source, layout, engines, decoder))
+            adapted = adapt(decoder, engines)
+            refuse([finding for name in engines for finding in check_fit(adapted, name)])
+            parts.append(_part(config, source, layout, engines, adapted, moved))
     if config.quantize != "none" and not any(part.weights == config.quantize for part in parts):
         raise ExportUsageError(f"--quantize {config.quantize} is for none of {', '.join(config.engines)}")
     return ExportPlan(parts=tuple(parts), findings=tuple(findings), notes=source.notes)
@@ -119,19 +137,26 @@ def refuse(findings: list[Finding]) -> None:
 
 
 def _part(
-    config: ExportConfig, source: ModelDirectory, layout: Layout, engines: tuple[str, ...], decoder: Decoder
+    config: ExportConfig,
+    source: ModelDirectory,
+    layout: Layout,
+    engines: tuple[str, ...],
+    decoder: Decoder,
+    moved: Relayout | None,
 ) -> Part:
+    rounding = None
     companions = [(file.name, file.stat().st_size) for file in source.companions]
     small = [("README.md", 2000), ("refound.json", 4000)]
     if layout == "gguf":
-        weights = config.quantize if config.quantize in ("f32", "f16", "q8_0") else "f32"
+        weights = config.quantize if config.quantize in FILE_TYPES else "f32"
         name = f"model-{weights}.gguf"
         entries = file_entries(decoder, weights)
         shards = ((name, tuple(entry.name for entry in entries)),)
         files = [(name, sum(entry.bytes for entry in entries)), *small]
     else:
-        weights = config.quantize if config.quantize in ("f32", "bf16", "f16") else "source"
-        shards, sizes = _shards(source, decoder, weights)
+        weights = config.quantize if config.quantize in ("f32", "bf16", "f16", *BITS) else "source"
+        rounding = _rounding(decoder, weights)
+        shards, sizes = _shards(source, decoder, weights, moved.sources if moved else {}, rounding)
         remote = [(name, 4000) for name in REMOTE_FILES] if uniform_obstacles(decoder) else []
         index = [("model.safetensors.index.json", 100 * len(decoder.tensors()))] if len(shards) > 1 else []
         files = [*sizes, ("config.json", 2000), *index, *remote, *companions, *small]
@@ -143,17 +168,35 @@ def _part(
         weights=weights,
         shards=shards,
         files=tuple(files),
+        relayout=moved,
+        rounding=rounding,
     )
 
 
+def _rounding(decoder: Decoder, weights: str) -> Rounding | None:
+    if weights not in BITS:
+        return None
+    found = rounding_of(decoder, weights)
+    if isinstance(found, str):
+        raise EngineFitError(f"the model does not fit: {found}")
+    return found
+
+
 def _shards(
-    source: ModelDirectory, decoder: Decoder, weights: str
+    source: ModelDirectory,
+    decoder: Decoder,
+    weights: str,
+    renamed: Mapping[str, str],
+    rounding: Rounding | None,
 ) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], list[tuple[str, int]]]:
     groups: list[tuple[list[str], int]] = [([], 0)]
     for name, spec in decoder.tensors().items():
-        stored = source.tensors.get(name)
-        width = {"f32": 4, "bf16": 2, "f16": 2}.get(weights) or _WIDTHS[stored.dtype if stored else source_type(source)]
+        stored = source.tensors.get(renamed.get(name, name))
+        fixed = {"f32": 4, "f16": 2}.get(weights, 2 if rounding or weights == "bf16" else 0)
+        width = fixed or _WIDTHS[stored.dtype if stored else source_type(source)]
         size_bytes = spec.size * width
+        if rounding and is_rounded(name, spec.shape):
+            size_bytes = rounding.bytes_of(spec.size)
         if groups[-1][0] and groups[-1][1] + size_bytes > SHARD_BYTES:
             groups.append(([], 0))
         names, total = groups[-1]

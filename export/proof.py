@@ -10,9 +10,8 @@ import json
 import math
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from .configs import uniform_obstacles, write_nemotron
 from .directory import ModelDirectory
+from .environments import DRIVERS, driver_name, engine_python
 from .errors import EngineMissingError, ExportError, ProofError
 from .plan import Part
 from .writers import copy_remote
@@ -38,7 +38,6 @@ PROMPTS = (
 )
 _TEXT_WINDOWS, _WINDOW_TOKENS = 4, 128
 _TIMEOUT = timedelta(hours=1)
-_DRIVERS = Path(__file__).parent / "drivers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,11 @@ TOLERANCES = {
     "f16": Tolerance(margin=0.1, logprob=0.1),
     "bf16": Tolerance(margin=0.5, logprob=0.5),
     "q8_0": Tolerance(margin=1.0, logprob=1.0),
+    "int8": Tolerance(margin=1.0, logprob=1.0),
+    "int4": Tolerance(margin=6.0, logprob=6.0),
+    "q6_k": Tolerance(margin=2.0, logprob=2.0),
+    "q5_k": Tolerance(margin=3.0, logprob=3.0),
+    "q4_k": Tolerance(margin=4.0, logprob=4.0),
 }
 """By the weights' format. Types that round get what rounding costs; the figure itself is in the record."""
 
@@ -123,26 +127,6 @@ def make_prompts(source: ModelDirectory) -> Prompts:
     return Prompts(ids=tuple(tuple(ids[:length]) for ids in found), text=windows)
 
 
-def engine_python(engine: str) -> Path | None:
-    """The interpreter that has the engine: this one, or that of the environment made by `make engines`."""
-    if engine == "transformers":
-        return Path(sys.executable)
-    python = engines_root() / engine / "bin" / "python"
-    return python if python.is_file() and (_DRIVERS / f"run_{_module(engine)}.py").is_file() else None
-
-
-def engines_root() -> Path:
-    """`$REFOUND_ENGINES`, or `engines` in refound's cache directory."""
-    if given := os.environ.get("REFOUND_ENGINES"):
-        return Path(given)
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "refound" / "engines"
-
-
-def _module(engine: str) -> str:
-    return engine.replace(".", "_").replace("-", "_")
-
-
 def run_engine(
     engine: str,
     models: list[Path],
@@ -151,8 +135,13 @@ def run_engine(
     trust: tuple[Path, ...] = (),
     new_tokens: int = NEW_TOKENS,
     threads: int | None = None,
+    adapters: Sequence[Path | None] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the engine's driver answers for these models (see `drivers`).
+
+    adapters: one that is loaded beside each model, or None. Empty: none at all.
+    settings: of the engine, as its driver names them (see `bench`). None: those that compute in float32.
 
     Raises:
         EngineMissingError: if it is not installed here.
@@ -168,10 +157,12 @@ def run_engine(
         "new_tokens": new_tokens,
         "threads": threads or default_threads(),
         "trust": [str(path.absolute()) for path in trust],
+        "adapters": [path and str(path.absolute()) for path in adapters] or [None] * len(models),
+        "settings": dict(settings or {}),
     }
     with tempfile.TemporaryDirectory(prefix="refound-proof-") as folder:
         answer = Path(folder, "answer.json")
-        command = [str(python), "-P", str(_DRIVERS / f"run_{_module(engine)}.py"), str(answer)]
+        command = [str(python), "-P", str(DRIVERS / driver_name(engine)), str(answer)]
         done = _ask(engine, command, json.dumps(request), folder)
         if done.returncode != 0 or not answer.is_file():
             last = "\n  ".join(done.stderr.strip().splitlines()[-6:])

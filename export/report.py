@@ -9,7 +9,7 @@ from typing import Any
 from . import run
 from .architecture import Decoder
 from .atomic import size_text
-from .directory import read_decoder
+from .directory import ModelDirectory, read_decoder
 from .engines import ENGINES
 from .fit import Finding, check_fit
 from .plan import ExportConfig, ExportPlan
@@ -125,8 +125,9 @@ def check(model: Path, engines: tuple[str, ...]) -> Fit:
     return Fit(decoder=decoder, findings={name: check_fit(decoder, name) for name in engines})
 
 
-def plan(config: ExportConfig) -> Planned:
-    return Planned(plan=run.plan_export(config)[1])
+def plan(config: ExportConfig, source: ModelDirectory | None = None) -> Planned:
+    """source: as for `run.plan_export`."""
+    return Planned(plan=run.plan_export(config, source)[1])
 
 
 def export(config: ExportConfig, progress: Callable[[str], None]) -> Done:

@@ -9,11 +9,14 @@ from typing import Any
 
 from .atomic import fresh_directory, recover, require_space
 from .card import RECORD, make_card, make_record, read_record, recipe
-from .directory import ModelDirectory, open_directory
+from .compressed import BITS, require_library
+from .directory import ModelDirectory, open_directory, require_tokenizer
+from .environments import engine_python
 from .errors import EngineMissingError, ProofError
 from .install import installable
 from .plan import ExportConfig, ExportPlan, Part, make_plan
-from .proof import Figures, Proof, engine_python
+from .proof import Figures, Proof
+from .quantizer import EngineQuantizer
 from .writers import write_part
 
 
@@ -27,15 +30,24 @@ class Exported:
     """It was there already, made from the same source in the same way."""
 
 
-def plan_export(config: ExportConfig) -> tuple[ModelDirectory, ExportPlan]:
+def plan_export(config: ExportConfig, source: ModelDirectory | None = None) -> tuple[ModelDirectory, ExportPlan]:
     """Check source and engines, and plan; the weights' numbers are not read and nothing is written.
+
+    source: what is at `config.model`, where that is not written yet.
 
     Raises:
         ExportError: see `directory.open_directory`, `plan.make_plan` and `atomic.require_space`; EngineMissingError if
-            `verify` is asked for and an engine is not installed.
+            `verify` is asked for and an engine is not installed, or the quantizer of k-quants.
     """
-    source = open_directory(config.model, tokenizer=config.tokenizer)
+    if source is None:
+        source = open_directory(config.model, tokenizer=config.tokenizer)
+    elif config.tokenizer:
+        require_tokenizer(source.path)
     plan = make_plan(config, source)
+    if config.quantize.endswith("_k"):
+        EngineQuantizer()
+    if config.quantize in BITS:
+        require_library()
     if config.verify and (absent := [name for name in config.engines if engine_python(name) is None]):
         raise EngineMissingError(
             f"--verify needs {', '.join(absent)}, which cannot be run here. {installable(absent)}Leave --verify out "
@@ -52,7 +64,7 @@ def export_model(config: ExportConfig, progress: Callable[[str], None]) -> list[
             OutputSpaceError, and ProofError if an engine's tokens are not the source's; then nothing was renamed.
     """
     source, plan = plan_export(config)
-    progress(f"reading {config.model}")
+    progress(f"reading {config.origin or config.model}")
     fingerprint = source.fingerprint()
     for part in plan.parts:
         recover(part.directory)
@@ -107,11 +119,11 @@ def _export_part(
     with fresh_directory(part.directory, overwrite=overwrite) as folder:
         write_part(part, source, folder, progress)
         figures, unproven = _prove(config, part, folder, proof)
-        name = config.model.absolute().name
-        (folder / "README.md").write_text(make_card(part, source.decoder, name, figures, unproven))
+        (folder / "README.md").write_text(make_card(config, part, source.decoder, figures, unproven))
         record = make_record(
             part,
             source,
+            origin=config.origin or str(source.path.absolute()),
             fingerprint=fingerprint,
             directory=folder,
             findings=plan.findings,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`docs/engines.md` from the table in code: `python -m refound.export.table > docs/engines.md`."""
 
-from .engines import ENGINES, FEATURES, Rule
+from .engines import ENGINES, EXTRAS, FEATURES, Rule
 from .families import FAMILIES
 
 _MARKS = {"test": "●", "hand": "◐", "source": "○"}
@@ -30,10 +30,13 @@ def to_markdown() -> str:
             marks = [ENGINES[name].families.get(family) for name in names]
             lines.append(_row(f"{family}, all layers alike", *(_MARKS[mark] if mark else "no" for mark in marks)))
     lines += [_row(FEATURES[key], *(_cell(ENGINES[name].rules[key]) for name in names)) for key in FEATURES]
+    lines += [_row(EXTRAS[key], *(_cell(ENGINES[name].extras[key]) for name in names)) for key in EXTRAS]
     lines += ["", "Layers may differ in Llama's blocks only; they are written as nemotron-nas, or as `deci` in GGUF."]
     for name in names:
         engine = ENGINES[name]
-        reasons = [f"- {FEATURES[key]}: {rule.why}" for key, rule in engine.rules.items() if rule.support != "yes"]
+        rules = {**engine.rules, **engine.extras}
+        titles = {**FEATURES, **EXTRAS}
+        reasons = [f"- {titles[key]}: {rule.why}" for key, rule in rules.items() if rule.support != "yes"]
         lines += ["", f"## {engine.title}", "", f"`{engine.serve.format(path='PATH')}`", ""]
         lines += reasons or ["Takes all of the above."]
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"

@@ -13,14 +13,20 @@ from typing import Any
 import xllamacpp  # type: ignore[import-not-found]
 
 
-def load(path: str, request: dict[str, Any]) -> Any:
+def load(path: str, adapter: str | None, request: dict[str, Any]) -> Any:
     settings = xllamacpp.CommonParams()
     settings.model.path = path
+    if adapter:
+        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
     settings.n_ctx = len(request["prompts"][0]) + request["new_tokens"] + 8
     settings.n_parallel = 1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = request["threads"]
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    # The cache as `f32`, `f16`, or with attention computed in tiles: `f16 flash`, `q8_0 flash`
+    cache, _, flash = request["settings"].get("cache", "f32").partition(" ")
+    settings.cache_type_k = settings.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
+    attention = "ENABLED" if flash else "DISABLED"
+    settings.flash_attn_type = getattr(xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{attention}")
+    settings.n_ubatch = request["settings"].get("ubatch", settings.n_ubatch)
     settings.warmup = False
     try:
         return xllamacpp.Server(settings)
@@ -71,9 +77,9 @@ def aligned(tokens: list[int], told: list[dict[str, Any]]) -> list[float | None]
 def main() -> None:
     request = json.load(sys.stdin)
     answers = []
-    for path in request["models"]:
+    for path, adapter in zip(request["models"], request["adapters"], strict=True):
         began = time.perf_counter()
-        server = load(path, request)
+        server = load(path, adapter, request)
         load_s = time.perf_counter() - began
         runs = [greedy(server, prompt, request["new_tokens"]) for prompt in request["prompts"]]
         spent = {key: sum(run[2][key] for run in runs) for key in runs[0][2]}

@@ -64,10 +64,13 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     logging.set_verbosity_error()
     answers, reference = [], None
-    for path in request["models"]:
+    for path, adapter in zip(request["models"], request["adapters"], strict=True):
         began = time.perf_counter()
         trust = path in request["trust"]
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=trust).eval()
+        dtype = getattr(torch, request["settings"].get("dtype", "float32"))
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust).eval()
+        if adapter:
+            model.load_adapter(adapter)
         load_s = time.perf_counter() - began
         answer, logits = run(model, request)
         if reference is None:

@@ -24,32 +24,45 @@ def settings(threads: int) -> dict[str, str]:
     }
 
 
-def run(path: str, request: dict[str, Any]) -> dict[str, Any]:
+def is_packed(path: str) -> bool:
+    """Whether weights are integers, which its kernels multiply by 16-bit numbers only."""
+    return "quantization_config" in json.loads(Path(path, "config.json").read_text())
+
+
+def run(path: str, adapter: str | None, request: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
     began = time.perf_counter()
     engine = LLM(
         path,
-        dtype="float32",
+        dtype=request["settings"].get("dtype") or ("bfloat16" if is_packed(path) else "float32"),
         enforce_eager=True,
         max_model_len=len(request["prompts"][0]) + request["new_tokens"] + 8,
         skip_tokenizer_init=True,
         trust_remote_code=path in request["trust"],
         max_num_batched_tokens=1024,
         max_num_seqs=len(request["prompts"]),
+        # A slot more than adapters: its CPU build gives requests without one the last slot's.
+        **({"enable_lora": True, "max_loras": 2, "max_lora_rank": 512} if adapter else {}),
+        speculative_config=request["settings"].get("speculation"),
     )
+    lora = LoRARequest("adapter", 1, adapter) if adapter else None
     load_s = time.perf_counter() - began
     prompts: Any = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     began = time.perf_counter()
     engine.generate(
-        prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False), use_tqdm=False
+        prompts,
+        SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False),
+        use_tqdm=False,
+        lora_request=lora,
     )
     prefill_s = time.perf_counter() - began
     asked = SamplingParams(
         temperature=0, max_tokens=request["new_tokens"], ignore_eos=True, detokenize=False, logprobs=1
     )
     began = time.perf_counter()
-    outs = [out.outputs[0] for out in engine.generate(prompts, asked, use_tqdm=False)]
+    outs = [out.outputs[0] for out in engine.generate(prompts, asked, use_tqdm=False, lora_request=lora)]
     decode_s = time.perf_counter() - began
     counted = sum(len(prompt) for prompt in request["prompts"])
     return {
@@ -69,8 +82,8 @@ def main() -> None:
     import vllm  # type: ignore[import-not-found]
 
     answers = []
-    for path in request["models"]:
-        answers.append(run(path, request))
+    for path, adapter in zip(request["models"], request["adapters"], strict=True):
+        answers.append(run(path, adapter, request))
         gc.collect()
     Path(sys.argv[1]).write_text(json.dumps({"version": vllm.__version__, "models": answers}))
 

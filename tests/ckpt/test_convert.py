@@ -7,10 +7,9 @@ import os
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner, Result
-from refound.ckpt import checkpoints
-from refound.ckpt.agreement import SnapshotId
-from refound.ckpt.collect import Collector
 from refound.ckpt.convert import convert
-from refound.ckpt.copier import Copier
 from refound.ckpt.errors import ConfigError, LayoutMismatchError
 from refound.ckpt.globals import box_of
-from refound.ckpt.held import Held, ShardRecord, bucket_checksums
-from refound.ckpt.shard import make_plan
-from refound.ckpt.slots import Segment
 from refound.cli import main
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -37,18 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from .alone import alone
-
-
-def shard_of(objects: dict[str, Any], rank: int) -> np.ndarray:
-    """The shard that a rank's snapshot would be."""
-    state = Collector(objects, rank=rank).collect()
-    text = json.dumps(state.objects).encode()
-    plan = make_plan(state, rank, len(text))
-    header = plan.header(text)
-    assert header is not None
-    array = np.zeros(plan.size_bytes, np.uint8)
-    Copier(torch.device("cpu")).fill(plan, state.leaves, header, SimpleNamespace(array=array), None)  # pyright: ignore
-    return array
+from .shards import shard_of, write_checkpoint
 
 
 class Source:
@@ -217,19 +198,9 @@ def objects() -> dict[str, Any]:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def checkpoint(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     protected = objects()
-    data = shard_of(protected, 0)
-    held = Held(SnapshotId(generation=1, step=9), position=0, nodes=1, world_size=1, k=0, m=-1)
-    segment = Segment("rank0", len(data))
-    segment.array[:] = data
-    held.shards[0] = segment
-    held.own[0] = ShardRecord(size_bytes=len(data), checksums=bucket_checksums(data))
-    held.data_complete = True
-    root = tmp_path / "job"
-    checkpoints.write_part(root, held, "job")
-    yield checkpoints.commit(root, held.id, {"world_size": 1, "nodes": 1, "job": "job"}, keep=1), protected
-    segment.free()
+    return write_checkpoint(tmp_path / "job", [shard_of(protected, 0)]), protected
 
 
 def refound(*words: object) -> Result:

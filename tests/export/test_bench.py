@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search for the best number of threads: finds the top of a hill, starts from what is known, keeps it all."""
+"""The search for the best settings: finds them in few runs, learns from what is known, keeps it all."""
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from refound.export import bench
+from refound.export import bench, search
 from refound.export.errors import ExportUsageError
 
 from .models import decoder, write_model
@@ -24,33 +27,60 @@ BASE = bench.Measured(
     length=128,
     batch=1,
     threads=1,
+    settings={},
     load_s=1.0,
     prefill_tok_s=100.0,
     decode_tok_s=10.0,
 )
 
 
-@given(peak=st.integers(0, 6), start=st.integers(1, 100))
-def test_the_top_of_a_hill_is_found_from_anywhere(peak: int, start: int) -> None:
-    def measure(threads: int) -> bench.Measured:
-        speed = 100 - abs(threads.bit_length() - 1 - peak)
-        return replace(BASE, threads=threads, decode_tok_s=speed)
-
-    start = 1 << (start.bit_length() - 1)
-    found = list(bench.climb(start, 64, measure))
-    assert max(found, key=lambda one: one.decode_tok_s).threads == 1 << peak
-    assert len({one.threads for one in found}) == len(found)  # nothing is measured twice
+SPACE = {"threads": (1, 2, 4, 8), "cache": ("a", "b", "c"), "batch": (1, 2, 3)}
+EFFECTS = st.fixed_dictionaries(
+    {name: st.lists(st.floats(-1, 1), min_size=len(v), max_size=len(v)) for name, v in SPACE.items()}
+)
 
 
-def test_a_search_starts_from_the_nearest_model_that_was_measured() -> None:
-    history = [
-        asdict(replace(BASE, model_bytes=size, threads=threads, decode_tok_s=speed))
-        for size, threads, speed in ((1000, 2, 5.0), (1000, 4, 9.0), (10**9, 16, 50.0))
-    ]
-    assert bench.likely_threads(history, "llama.cpp", 16, 2000) == 4
-    assert bench.likely_threads(history, "llama.cpp", 16, 10**8) == 16
-    assert bench.likely_threads(history, "vllm", 16, 2000) == 16
-    assert bench.likely_threads(history, "llama.cpp", 8, 2000) == 8
+def speed_of(effects: dict[str, list[float]], settings: search.Settings) -> float:
+    return math.exp(sum(effects[name][SPACE[name].index(settings[name])] for name in SPACE))
+
+
+@given(EFFECTS, st.randoms(use_true_random=False))
+def test_where_effects_add_up_the_best_is_found_in_few_runs(effects: dict[str, list[float]], random: Random) -> None:
+    """Of 36 settings at most 14 are measured, none of them twice, and nothing is more than a little better."""
+    start = {name: random.choice(values) for name, values in SPACE.items()}
+    runs = list(search.search(SPACE, start, lambda settings: speed_of(effects, settings), most=14))
+    settings = [tuple(run.settings.values()) for run in runs]
+    assert runs[0].settings == start
+    assert len(set(settings)) == len(settings) <= 14
+    best = max(
+        speed_of(effects, dict(zip(SPACE, values, strict=True))) for values in itertools.product(*SPACE.values())
+    )
+    assert max(run.speed for run in runs) > best / 1.35
+
+
+def test_what_other_models_showed_saves_runs() -> None:
+    effects = {"threads": [0.0, 0.5, 1.0, 0.3], "cache": [0.0, 0.4, -0.8], "batch": [0.0, 0.0, 0.2]}
+
+    def measure(settings: search.Settings) -> float:
+        return speed_of(effects, settings)
+
+    first = list(search.search(SPACE, {"threads": 1, "cache": "a", "batch": 1}, measure))
+    known = [search.Run(settings=run.settings, speed=run.speed * 7, weight=0.4) for run in first]
+    best = max(known, key=lambda run: run.speed).settings
+    again = list(search.search(SPACE, best, measure, history=known))
+    assert max(again, key=lambda run: run.speed).settings == best == {"threads": 4, "cache": "b", "batch": 3}
+    assert len(again) <= len(first)
+
+
+def test_a_search_knows_the_runs_of_its_engine_and_its_machine() -> None:
+    settings = {"cache": "f16", "ubatch": 64}
+    lines = [asdict(replace(BASE, settings=settings, **change)) for change in ({}, {"cpus": 8}, {"model_bytes": 10**6})]
+    lines += [asdict(BASE), asdict(replace(BASE, engine="vllm"))]  # settings of an older version, another engine
+    config = bench.BenchConfig(model=Path("model"), engine="llama.cpp", length=100, new_tokens=10)
+    near, far = bench.known_runs(lines, config, 16, 1000)
+    assert near.settings == {"threads": 1, **settings}
+    assert near.speed == pytest.approx(1 / (100 / 100.0 + 10 / 10.0))
+    assert 0 < far.weight < near.weight < 1
 
 
 def test_a_history_cut_short_is_read_as_far_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,13 @@ from refound.export import install
 from refound.export.architecture import FFN, Attention, Decoder
 from refound.export.configs import uniform_obstacles
 from refound.export.directory import ModelDirectory, open_directory
-from refound.export.engines import ENGINES, FEATURES
+from refound.export.engines import ENGINES, EXTRAS, FEATURES
+from refound.export.environments import engine_python
 from refound.export.errors import ProofError
 from refound.export.fit import check_fit
 from refound.export.gguf_file import write_gguf
 from refound.export.plan import ExportConfig, make_plan
-from refound.export.proof import TOLERANCES, Figures, compare, engine_python, make_prompts, run_engine
+from refound.export.proof import TOLERANCES, Figures, compare, make_prompts, run_engine
 from refound.export.writers import copy_remote, write_part
 
 from .models import decoder, heterogeneous, weights, with_layer, write_model
@@ -70,15 +71,23 @@ MODELS: dict[str, Decoder] = {
 TRANSFORMERS: dict[str, Decoder] = {
     "linear ffn": with_layer(decoder(), 1, ffn=FFN(kind="linear")),
     "window": with_layer(decoder("qwen2"), 1, attention=Attention(kv_heads=2, window=8)),
-    "qwen2_moe normalized": decoder("qwen2_moe", layers=2),
     "dense among experts": with_layer(decoder("qwen3_moe"), 1, ffn=FFN(width=96)),
 }
-TRANSFORMERS["qwen2_moe normalized"] = replace(
-    TRANSFORMERS["qwen2_moe normalized"],
-    layers=tuple(replace(la, ffn=replace(la.ffn, normalized=True)) for la in decoder("qwen2_moe", layers=2).layers),
-)
+
+
+def normalized(model: Decoder, value: bool) -> Decoder:
+    layers = tuple(replace(layer, ffn=replace(layer.ffn, normalized=value)) for layer in model.layers)
+    return replace(model, layers=layers)
+
+
+TRANSFORMERS["qwen2_moe normalized"] = normalized(decoder("qwen2_moe", layers=2), True)
+TRANSFORMERS["qwen3_moe unnormalized"] = normalized(decoder("qwen3_moe", layers=2), False)
 # What llama.cpp loads, and answers wrongly
-WRONG = {"no ffn": MODELS["no ffn"], "qwen2_moe normalized": TRANSFORMERS["qwen2_moe normalized"]}
+WRONG = {
+    "no ffn": MODELS["no ffn"],
+    "qwen2_moe normalized": TRANSFORMERS["qwen2_moe normalized"],
+    "qwen3_moe unnormalized": TRANSFORMERS["qwen3_moe unnormalized"],
+}
 
 
 @dataclass(frozen=True)
@@ -223,5 +232,6 @@ def test_what_the_table_says_is_tested_is_tested(engine: str) -> None:
 
 def test_the_table_says_something_of_every_feature() -> None:
     for engine in ENGINES.values():
-        assert engine.rules.keys() == FEATURES.keys()
-        assert all(rule.why for rule in engine.rules.values() if rule.support != "yes")
+        assert (engine.rules.keys(), engine.extras.keys()) == (FEATURES.keys(), EXTRAS.keys())
+        rules = (*engine.rules.values(), *engine.extras.values())
+        assert all(rule.why for rule in rules if rule.support != "yes")

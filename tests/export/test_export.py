@@ -4,13 +4,14 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from refound.demo.model import model_directory
@@ -70,6 +71,31 @@ def test_quantized_gguf_is_within_what_rounding_costs(tmp_path: Path, model: Pat
     assert part["bytes"] < 0.4 * (model / "model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize(("weights", "error"), [("q6_k", 0.02), ("q5_k", 0.04), ("q4_k", 0.08)])
+def test_k_quants_are_made_by_the_engine(tmp_path: Path, weights: str, error: float) -> None:
+    """Rows of 256 as asked, shorter ones as llama.cpp falls back; what is in the file is near what went in."""
+    install.install("llama.cpp")
+    model = write_model(tmp_path / "model", decoder(layers=2, hidden_size=256, width=512))
+    proven = None if weights == "q4_k" else False
+    config = ExportConfig(model=model, engines=("llama.cpp",), out=tmp_path / "out", quantize=weights, verify=proven)
+    (done,) = run.export_model(config, lambda line: None)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(done.part.model_path).tensors}
+    fallback = {"q6_k": "Q8_0", "q5_k": "Q5_1", "q4_k": "Q5_0"}[weights]
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == weights.upper()
+    assert tensors["blk.0.attn_output.weight"].tensor_type.name == fallback  # its rows are 128 long
+    assert tensors["output.weight"].tensor_type.name == "Q6_K"
+    before = load_file(model / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    found = tensors["blk.0.ffn_up.weight"]
+    after = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type).copy())
+    assert (after - before).norm() / before.norm() < error
+
+
+def test_k_quants_need_the_engine(tmp_path: Path, model: Path, no_engines: str) -> None:
+    done = refound(model, "--to", "llama.cpp", "--quantize", "q4_k", cwd=tmp_path, REFOUND_ENGINES=no_engines)
+    assert done.returncode == 1 and "llama.cpp's own quantizer" in done.stderr
+    assert names(tmp_path) == {"model"}
+
+
 def test_weights_come_out_as_they_went_in(tmp_path: Path, model: Path) -> None:
     done = refound(model, "--to", "transformers", "--no-verify", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -117,16 +143,31 @@ def test_what_was_written_unproven_is_proven_when_asked_again(tmp_path: Path, mo
     assert third.kept and third.record == second.record
 
 
+KILLED = """
+import os, signal, sys
+event, path = sys.argv[1:3]
+def hook(found, arguments):
+    if found == event and str(arguments[0]).endswith(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+from refound.cli import main
+main(sys.argv[3:])
+"""
+
+
 def test_killed_at_any_moment_it_is_whole_or_not_there(tmp_path: Path, model: Path) -> None:
-    """kill -9 as soon as it begins to write each of its files; the next run finds its way from whatever is left."""
+    """kill -9 just before it does each of these; the next run finds its way from whatever is left."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "refound", "export", str(model), "--to", "transformers,llama.cpp", "--no-verify"]
-    for awaited in ("model.safetensors", "config.json", "refound.json"):
-        part = out / ".huggingface.part" / awaited
-        with subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, cwd=tmp_path) as process:
-            while process.poll() is None and not part.exists():
-                time.sleep(0.0005)
-            process.kill()
+    export = ["export", str(model), "--to", "transformers,llama.cpp", "--no-verify", "--out", str(out)]
+    for event, path in (
+        ("os.mkdir", ".huggingface.part"),
+        ("open", ".huggingface.part/config.json"),
+        ("open", ".huggingface.part/refound.json"),
+        ("os.rename", ".huggingface.part"),
+        ("open", ".gguf.part/model-f32.gguf"),
+    ):
+        done = subprocess.run([sys.executable, "-c", KILLED, event, path, *export], check=False, cwd=tmp_path)
+        assert done.returncode == -signal.SIGKILL
         final = out / "huggingface"
         assert not final.exists() or open_directory(final).decoder == decoder(layers=2)
     done = refound(model, "--to", "transformers,llama.cpp", "--no-verify", "--out", out, cwd=tmp_path)

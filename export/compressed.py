@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-only INT8 and INT4 as compressed-tensors: rounded to the nearest, packed by that library.
+
+Symmetric: q = round(w / s), where s is twice the largest |w| of a group of the row by 2^bits - 1. Only matrices of
+attention and FFN are rounded; embedding, output, norms and routers stay as they are, in bfloat16.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .architecture import Decoder
+from .errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+BITS = {"int8": 8, "int4": 4}
+"""Formats of weights, and their bits."""
+_GROUPS = (128, 64, 32)
+"""Numbers of a row that share a scale: the largest of these that divides all rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How the matrices of one model are rounded."""
+
+    bits: int
+    group: int
+
+    def config(self) -> dict[str, Any]:
+        """`quantization_config` of a config.json."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": self.group,
+            "dynamic": False,
+            "actorder": None,
+        }
+        scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": scheme},
+            "ignore": ["lm_head"],
+            "kv_cache_scheme": None,
+        }
+
+    def bytes_of(self, size: int) -> int:
+        """Of a matrix of `size` numbers: packed, and its scales in two bytes each."""
+        return size * self.bits // 8 + 2 * (size // self.group) + 16
+
+    def pack(self, name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
+        """The tensors that take the place of `name`, which ends with `.weight`.
+
+        Raises:
+            ExportError: if the library is missing.
+        """
+        import torch
+
+        try:
+            from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+            from compressed_tensors.quantization import QuantizationScheme
+            from compressed_tensors.quantization.utils import calculate_qparams
+        except ModuleNotFoundError as error:
+            raise ExportError(_MISSING) from error
+        scheme = QuantizationScheme(**self.config()["config_groups"]["group_0"])
+        wide = weight.float()
+        groups = wide.unflatten(-1, (-1, self.group))
+        assert scheme.weights is not None
+        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
+        scale = torch.where(scale == 0, 1.0, scale.float()).to(torch.bfloat16).float()  # as it will be read
+        packed = PackedQuantizationCompressor.compress(
+            {"weight": wide, "weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}, scheme
+        )
+        base = name.removesuffix(".weight")
+        found = {f"{base}.{key}": tensor for key, tensor in packed.items() if key != "weight_zero_point"}
+        found[f"{base}.weight_scale"] = scale.to(torch.bfloat16)
+        return found
+
+
+_MISSING = (
+    "INT8 and INT4 are packed by the package compressed-tensors, which is not installed here: "
+    "pip install 'refound[compressed]'"
+)
+
+
+def require_library() -> None:
+    """Raise ExportError if compressed-tensors is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ExportError(_MISSING)
+
+
+def rounding_of(decoder: Decoder, weights: str) -> Rounding | str:
+    """How a model is rounded to `weights` (a key of `BITS`), or why it cannot be, as a sentence."""
+    if any(layer.ffn.kind == "moe" for layer in decoder.layers):
+        return f"experts are not rounded to {weights}: servers read fused experts in layouts of their own"
+    widths = {spec.shape[-1] for name, spec in decoder.tensors().items() if is_rounded(name, spec.shape)}
+    for group in _GROUPS:
+        if all(width % group == 0 for width in widths):
+            return Rounding(bits=BITS[weights], group=group)
+    odd = ", ".join(str(width) for width in sorted(widths) if width % _GROUPS[-1])
+    return f"rows of {odd} numbers are no multiple of {_GROUPS[-1]}, the smallest group of {weights}"
+
+
+def is_rounded(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of a decoder is one of the matrices that are rounded."""
+    return name.startswith("model.layers.") and name.endswith(".weight") and len(shape) == 2
