@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import random
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -161,7 +160,7 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
     show_default=True,
     help="job: the small demo under torchrun, half a minute a run. smp: snapshot processes alone, a second a run.",
 )
-@click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="How many schedules.")
+@click.option("--runs", type=click.IntRange(min=1), help="How many schedules.  [default: 10; of --reproduce 1]")
 @click.option("--seed", type=int, help="Of the first schedule; the others follow.  [default: drawn, and printed]")
 @click.option("--only", type=click.IntRange(min=0), help="Only this number: of the set, or counted from the seed.")
 @click.option(
@@ -187,7 +186,9 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
     help="Where the records and the logs go.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def chaos(tier: str, runs: int, seed: int | None, only: int | None, out: Path, as_json: bool, **more: Any) -> None:
+def chaos(
+    tier: str, runs: int | None, seed: int | None, only: int | None, out: Path, as_json: bool, **more: Any
+) -> None:
     """Run fault schedules; nothing that is promised may be lost, and nothing false restored.
 
     \b
@@ -201,71 +202,15 @@ def chaos(tier: str, runs: int, seed: int | None, only: int | None, out: Path, a
     Exit code 3 if bits differ in any run, 1 if a run failed, hung or lost what it need not have.
     """
     drawn = random.SystemRandom().randrange(1_000_000) if seed is None else seed
+    runs = runs or (1 if more["reproduce"] else 10)
     if only is not None:
         runs, drawn, more["first"] = 1, drawn + (0 if more["chosen"] else only), only if more["chosen"] else 0
+    from . import campaigns
+
     if tier == "smp":
-        _chaos_smp(runs, drawn, out, as_json, **more)
+        campaigns.run_smp_tier(runs, drawn, out, as_json, **more)
     else:
-        _chaos_job(runs, drawn, out, as_json, most=more["most"], full=more["full"], dry_run=more["dry_run"])
-
-
-def _chaos_job(runs: int, seed: int, out: Path, as_json: bool, *, most: int, full: bool, dry_run: bool) -> None:
-    from .demo.chaos import ChaosConfig, run_campaign
-    from .demo.errors import DemoError
-
-    config = ChaosConfig(runs=runs, seed=seed, most=most, full=full, out=out)
-    click.echo(f"{runs} runs, seeds {seed} to {seed + runs - 1}", err=True)
-    if dry_run:
-        for schedule in config.plan():
-            click.echo(schedule.command())
-        return
-    try:
-        campaign = run_campaign(config)
-    except DemoError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(campaign.summary(), err=as_json)
-    if as_json:
-        click.echo(json.dumps(campaign.to_json()))
-    if campaign.identical < runs:
-        sys.exit(FAILED if campaign.failed else DAMAGE)
-
-
-def _chaos_smp(runs: int, seed: int, out: Path, as_json: bool, **more: Any) -> None:
-    from .chaos.campaign import SmpCampaign, run
-    from .chaos.schedule import parse_schedule
-    from .chaos.verdict import Verdict, summary
-
-    try:
-        given = (parse_schedule(more["reproduce"]),) if more["reproduce"] else ()
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="'--reproduce'") from error
-    chosen = more["chosen"] or ""
-    campaign = SmpCampaign(
-        runs=runs,
-        seed=seed,
-        chosen=chosen,
-        given=given,
-        first=more["first"],
-        beside=more["beside"],
-        for_s=more["for_s"],
-        out=out,
-    )
-    plan = campaign.plan()
-    what = f"set {chosen}, from {more['first']}" if chosen else f"seeds {seed} to {seed + runs - 1}"
-    click.echo(f"{len(plan)} runs, {'given' if given else what}", err=True)
-    if more["dry_run"]:
-        for number, schedule in plan:
-            click.echo(Verdict(schedule=schedule, number=number).command())
-        return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(FAILED))  # by way of what has to be taken down
-    verdicts = run(campaign, lambda verdict: click.echo(verdict.line(), err=True))
-    counts = summary(verdicts)
-    if as_json:
-        click.echo(json.dumps({**counts, "runs": [verdict.to_json() for verdict in verdicts]}))
-    else:
-        click.echo(", ".join(f"{count} {outcome}" for outcome, count in counts["outcomes"].items()))
-    if bad := [verdict for verdict in verdicts if not verdict.is_good]:
-        sys.exit(DAMAGE if any(verdict.outcome == "wrong" for verdict in bad) else FAILED)
+        campaigns.run_job_tier(runs, drawn, out, as_json, most=more["most"], full=more["full"], dry_run=more["dry_run"])
 
 
 @main.command(short_help="Is this machine fit, and what to do if not.")
