@@ -36,7 +36,7 @@ help:
 	@echo '  make lint      formatting, lint and types'
 	@echo '  make format    rewrite the sources the way `make lint` wants them'
 	@echo '  make bench     run every benchmark; results as JSON, kept in runs/bench/'
-	@echo '  make chaos     train through RUNS=10 random fault schedules, each must end bit-identical; the campaign tests'
+	@echo '  make chaos     RUNS=10 random fault schedules over a training job, 20 times as many over snapshot processes'
 	@echo '  make fuzz      send MESSAGES=1000000 malformed and forged messages to a live snapshot process'
 	@echo '  make engines   install serving engines for `refound export`, each apart: ENGINES="llama.cpp vllm"'
 	@echo '  make install   only set up $(VENV) (the others do it themselves)'
@@ -109,6 +109,7 @@ bench: $(STAMP)
 
 chaos: $(TEST_STAMP)
 	@$(BIN)/refound chaos --runs $(RUNS) $(ARGS)
+	@$(BIN)/refound chaos --tier smp --runs $$((20 * $(RUNS)))
 	@$(BIN)/python -m pytest -m campaign $(TESTS)
 
 fuzz: $(STAMP)

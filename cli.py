@@ -6,6 +6,7 @@ What is heavy is imported inside the command that needs it: `--help`, `doctor` a
 
 import contextlib
 import json
+import math
 import random
 import sys
 import time
@@ -159,11 +160,31 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
         sys.exit(DAMAGE)
 
 
-@main.command(short_help="Train through random faults, run after run; each must end with the same bits.")
-@click.option("--runs", type=click.IntRange(min=1), default=10, show_default=True, help="How many schedules.")
+@main.command(short_help="A campaign of faults: nothing may be lost that is promised, nothing false restored.")
+@click.option(
+    "--tier",
+    type=click.Choice(["job", "smp"]),
+    default="job",
+    show_default=True,
+    help="job: the small demo under torchrun, half a minute a run. smp: snapshot processes alone, a second a run.",
+)
+@click.option("--runs", type=click.IntRange(min=1), help="How many schedules.  [default: 10; of --reproduce 1]")
 @click.option("--seed", type=int, help="Of the first schedule; the others follow.  [default: drawn, and printed]")
-@click.option("--most", type=click.IntRange(1, 8), default=4, show_default=True, help="Faults in one run at most.")
-@click.option("--full", is_flag=True, help="SmolLM2-135M instead of the small model.")
+@click.option("--only", type=click.IntRange(min=0), help="Only this number: of the set, or counted from the seed.")
+@click.option(
+    "--most", type=click.IntRange(1, 8), default=4, show_default=True, help="Faults in one run at most (job)."
+)
+@click.option("--full", is_flag=True, help="SmolLM2-135M instead of the small model (job).")
+@click.option(
+    "--set",
+    "chosen",
+    type=click.Choice(["single", "disk", "recovery", "pairs"]),
+    help="Every schedule of a kind instead of random ones (smp).",
+)
+@click.option("--first", type=click.IntRange(min=0), default=0, help="Skip so many of the set (smp).")
+@click.option("--beside", type=click.IntRange(1, 64), default=2, show_default=True, help="Schedules at a time (smp).")
+@click.option("--for-s", type=float, default=math.inf, help="Begin no schedule after so many seconds (smp).")
+@click.option("--reproduce", metavar="SCHEDULE", help="Run this one, as a campaign has printed it (smp).")
 @click.option("--dry-run", is_flag=True, help="Only print the schedules, as commands that run them one by one.")
 @click.option(
     "--out",
@@ -173,36 +194,31 @@ def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed
     help="Where the records and the logs go.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def chaos(runs: int, seed: int | None, most: int, full: bool, dry_run: bool, out: Path, as_json: bool) -> None:
-    """Train through random faults, run after run; each must end with the bits of the undisturbed run.
+def chaos(
+    tier: str, runs: int | None, seed: int | None, only: int | None, out: Path, as_json: bool, **more: Any
+) -> None:
+    """Run fault schedules; nothing that is promised may be lost, and nothing false restored.
 
     \b
     Examples:
-      refound chaos                         ten schedules, about half a minute each
-      refound chaos --runs 100 --seed 7     a hundred; the same seed draws the same ones
-      refound chaos --dry-run               what would fall
+      refound chaos                                    ten trainings, each to end with the undisturbed run's bits
+      refound chaos --runs 100 --seed 7                a hundred; the same seed draws the same ones
+      refound chaos --tier smp --runs 1000             a thousand over snapshot processes alone
+      refound chaos --tier smp --set single --runs 999 every fault at every point of a snapshot's life
+      refound chaos --dry-run                          what would fall
 
-    Exit code 3 if bits differ in any run, 1 if a run failed or hung.
+    Exit code 3 if bits differ in any run, 1 if a run failed, hung or lost what it need not have.
     """
-    from .demo.chaos import ChaosConfig, run_campaign
-    from .demo.errors import DemoError
-
     drawn = random.SystemRandom().randrange(1_000_000) if seed is None else seed
-    config = ChaosConfig(runs=runs, seed=drawn, most=most, full=full, out=out)
-    click.echo(f"{runs} runs, seeds {drawn} to {drawn + runs - 1}", err=True)
-    if dry_run:
-        for schedule in config.plan():
-            click.echo(schedule.command())
-        return
-    try:
-        campaign = run_campaign(config)
-    except DemoError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(campaign.summary(), err=as_json)
-    if as_json:
-        click.echo(json.dumps(campaign.to_json()))
-    if campaign.identical < runs:
-        sys.exit(FAILED if campaign.failed else DAMAGE)
+    runs = runs or (1 if more["reproduce"] else 10)
+    if only is not None:
+        runs, drawn, more["first"] = 1, drawn + (0 if more["chosen"] else only), only if more["chosen"] else 0
+    from . import campaigns
+
+    if tier == "smp":
+        campaigns.run_smp_tier(runs, drawn, out, as_json, **more)
+    else:
+        campaigns.run_job_tier(runs, drawn, out, as_json, most=more["most"], full=more["full"], dry_run=more["dry_run"])
 
 
 @main.command(short_help="Is this machine fit, and what to do if not.")

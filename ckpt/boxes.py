@@ -22,7 +22,7 @@ Runs = tuple[tuple[int, int], ...]
 Part = tuple[Runs, ...]
 """A rank's part of a tensor, by dimension."""
 
-_SHARD = re.compile(r"_?S\((-?\d+)(?:, (\d+))?\)")
+_SHARD = re.compile(r"(?:_?S\(|_StridedShard\(dim=)(-?\d+)(?:, (?:sf=)?(\d+))?\)")
 
 
 def whole(shape: Sequence[int]) -> Part:
@@ -79,7 +79,7 @@ class Layout:
     ranks: tuple[int, ...]
     """The mesh's global ranks, row by row."""
     placements: tuple[str, ...]
-    """One a mesh dimension, as torch prints them: R, S(dim), _S(dim, split_factor)."""
+    """One a mesh dimension, as torch prints them: R, S(dim), _S(dim, split_factor), or _StridedShard(dim=…, sf=…)."""
 
     @classmethod
     def of(cls, spec: dict[str, Any]) -> "Layout":

@@ -83,13 +83,18 @@ class DcpMemory:
     def __getstate__(self) -> dict[str, Any]:
         raise ConfigError("DcpMemory belongs to one process: use async_save with threads, which is its default")
 
-    def close(self) -> None:
-        """The job is done. Call it last: when all ranks have, a node that is lost is not waited for."""
+    def close(self) -> bool:
+        """The job is done. Call it last: when all ranks have, a node that is lost is not waited for.
+
+        True if all nodes hold the last checkpoint; False if they do not, or nobody is left to ask.
+        """
         try:
-            if self.step == self._found or self.link.wait_committed(self.step, _COMMIT_MS):
+            committed = self.step == self._found or self.link.wait_committed(self.step, _COMMIT_MS)
+            if committed:
                 self.link.finish()
+            return committed
         except (OSError, StaleWriterError):
-            pass  # the snapshot process has gone, or this group is being replaced: nothing is left to say
+            return False  # the snapshot process has gone, or this group is being replaced
         finally:
             self.link.close()
 

@@ -18,6 +18,13 @@ class SnapshotMemoryError(SnapshotError, MemoryError):
     """The state does not fit into this node's memory twice, with its parity."""
 
 
+def as_snapshot_error(error: Exception) -> SnapshotError:
+    """What a background thread tells those who wait for it; out of memory is said, never a thread that is gone."""
+    if isinstance(error, SnapshotError):
+        return error
+    return SnapshotMemoryError(f"the snapshot process ran out of memory: {error}".removesuffix(": "))
+
+
 class DamageError(SnapshotError, ValueError):
     """Bytes do not match their checksum and could not be rebuilt."""
 

@@ -59,6 +59,7 @@ class EventLog:
             except (OSError, ValueError, TypeError):
                 with self._changed:
                     self._lost += 1
+                    self._changed.notify_all()
                 continue
             with self._changed:
                 self._lost -= lost

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..erasure import Code, apply, checksum
 from .agreement import Decision, SnapshotId
-from .errors import DamageError, SnapshotError, StaleWriterError
+from .errors import DamageError, SnapshotError, StaleWriterError, as_snapshot_error
 from .held import Held, bucket_checksums, record_buckets, record_checksums
 from .keeper import Keeper
 from .peers import Peers, read_message
@@ -50,11 +50,12 @@ class Exchange:
                 self._protect(self._next())
         except StaleWriterError:
             return  # the generation has ended: that is how this thread ends
-        except SnapshotError as error:
+        except (SnapshotError, MemoryError) as error:
+            trouble = as_snapshot_error(error)
             with keeper.changed:
-                keeper.trouble = error
+                keeper.trouble = trouble
                 keeper.changed.notify_all()
-            keeper.event("trouble", error=str(error))
+            keeper.event("trouble", error=str(trouble))
         finally:
             self._peers.close()
             with keeper.changed:

@@ -13,43 +13,26 @@ that is not protected, and random numbers drawn between `protect` and the loop, 
 """
 
 import atexit
-import json
 import sys
 import threading
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
-
-from ..erasure import checksum
 from .buckets import BUCKETS, Buckets
-from .collect import Collector, State
-from .copier import Copier, flat_bytes
-from .errors import (
-    ConfigError,
-    DamageError,
-    LayoutMismatchError,
-    NonFiniteStateError,
-    SnapshotError,
-    StaleWriterError,
-)
-from .finite import first_nonfinite
+from .errors import ConfigError, DamageError, LayoutMismatchError, StaleWriterError
 from .frozen import FrozenSet, size_hint
 from .link import Link, Place
 from .loader import Loader
 from .reshape import Reshaper
-from .shard import Plan, make_plan, signature
+from .snapshotter import Job, Snapshotter
 from .tuning import STALL_BUDGET, interval_problems, make_interval
 from .wrappers import optimizers_of, unlike_asked, unwrap
-from .zero import ZeroState
 
 _EXIT_WAIT = timedelta(seconds=30)
 _UNSETTLED_SNAPSHOTS = 10  # skipped at most, while gradient buckets are not laid out for good
-MOST_REFUSALS = 10
-"""Snapshots in a row that may be refused for NaN or Inf before training is stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +130,6 @@ class Protection:
         if place is not None:
             objects = unwrap(objects)
         self._objects = objects
-        self._plan: Plan | None = None
-        self._signature: tuple[Any, ...] = ()
-        self._checked_replicas = False
-        self._refuse_nonfinite, self._refusals = refuse_nonfinite, 0
         self._idle = threading.Event()
         self._idle.set()
         self._failure: Exception | None = None
@@ -159,8 +138,13 @@ class Protection:
         self._rank = place.rank if place else 0
         self._interval = make_interval(every, stall_budget, self._rank)
         self._frozen = None if save_frozen or place is None else FrozenSet(objects)
-        self._collector = Collector(objects, rank=self._rank, replicas=replicas, frozen=self._frozen)
-        self._copier = Copier(_device_of(objects))
+        self._snapshotter = Snapshotter(
+            objects,
+            rank=self._rank,
+            replicas=replicas,
+            frozen=self._frozen,
+            refuse_nonfinite=refuse_nonfinite,
+        )
         if place is not None:
             self._link = Link(place)
             self._buckets = Buckets(objects)
@@ -204,7 +188,7 @@ class Protection:
         if saved_world_size == place.world_size:
             try:
                 loader = Loader(link.shard, place.rank)
-                loader.load(self._objects, self._collector)
+                loader.load(self._objects, self._snapshotter.collector)
                 for problem in self._buckets.restore(loader.described(BUCKETS)):
                     self._say_of_buckets(problem)
                 return
@@ -263,90 +247,18 @@ class Protection:
             )
 
     def _begin(self, link: Link) -> None:
-        state = self._collector.collect()
-        if layouts := self._buckets.state():
-            state.objects[BUCKETS] = layouts
-        objects = json.dumps(state.objects, separators=(",", ":")).encode()
-        seen = signature(state)
-        header = self._plan.header(objects) if self._plan and seen == self._signature else None
-        if self._plan is None or header is None:
-            self._plan, self._signature = make_plan(state, self._rank, len(objects)), seen
-            header = self._plan.header(objects)
-            assert header is not None
-        leaves = [
-            leaf if leaf.constant else _Copy(leaf.tensor.detach().clone(memory_format=torch.contiguous_format))
-            for leaf in state.leaves
-        ]
-        ready = self._copier.ready_event()
+        job = self._snapshotter.prepare(self.step, self._buckets.state())
         self._idle.clear()
-        job = _Job(
-            step=self.step,
-            state=state,
-            plan=self._plan,
-            header=header,
-            leaves=leaves,
-            ready=ready,
-            watched=_watch(state),
-        )
-        threading.Thread(target=self._copy, args=(link, job), name="snapshot", daemon=True).start()
+        threading.Thread(target=self._save, args=(link, job), name="snapshot", daemon=True).start()
 
-    def _copy(self, link: Link, job: "_Job") -> None:
+    def _save(self, link: Link, job: Job) -> None:
         try:
-            if self._frozen is not None and (thawed := self._frozen.changed()):
-                job = self._with_thawed(job, thawed)
-            slot = link.begin(job.step, job.plan.size_bytes)
-            sums = self._copier.fill(job.plan, job.leaves, job.header, slot, job.ready)
-            checks = {} if self._checked_replicas else _replica_checks(job.plan, job.leaves)
-            changed = [path for path, tensor, version in job.watched if tensor._version != version]
-            if changed:
-                link.abort()
-                raise SnapshotError(
-                    f"{changed[0]} was changed while the snapshot of step {job.step} copied it. Change parameters only "
-                    "in optimizer.step(), or before end_step()"
-                )
-            objection = self._objection(job)
-            link.complete(job.step, sums, checks, self._interval.agreed(link, job.step), objection)
-            if not objection:
-                self._checked_replicas, self._last_snapshot = True, job.step
+            if self._snapshotter.save(link, job, self._interval):
+                self._last_snapshot = job.step
         except Exception as error:
             self._failure = error
         finally:
             self._idle.set()
-
-    def _with_thawed(self, job: "_Job", paths: list[str]) -> "_Job":
-        """The same snapshot, with parameters that turn out to change although they require no gradients."""
-        assert self._frozen is not None
-        print(
-            f"refound: {paths[0]} changes although it requires no gradients ({len(paths)} such), so it is saved from "
-            f"step {job.step} on",
-            file=sys.stderr,
-            flush=True,
-        )
-        state = self._collector.thawed(job.state, paths)
-        self._frozen.thaw(paths)
-        self._plan = None  # that of the next step is another
-        objects = json.dumps(state.objects, separators=(",", ":")).encode()
-        plan = make_plan(state, self._rank, len(objects))
-        header = plan.header(objects)
-        assert header is not None
-        leaves = [*job.leaves, *state.leaves[len(job.leaves) :]]
-        return replace(job, state=state, plan=plan, header=header, leaves=leaves)
-
-    def _objection(self, job: "_Job") -> str:
-        """Why this snapshot must not be committed. Raises NonFiniteStateError when that has been so for too long."""
-        bad = first_nonfinite(job.plan, job.leaves) if self._refuse_nonfinite else None
-        if bad is None:
-            self._refusals = 0
-            return ""
-        self._refusals += 1
-        words = f"{bad} of rank {self._rank} holds NaN or Inf at step {job.step}"
-        if self._refusals > MOST_REFUSALS:
-            raise NonFiniteStateError(
-                f"{words}, as in the {MOST_REFUSALS} snapshots before, none of which was taken. A restart goes back to "
-                "the last good one; look at the learning rate, the data, or the loss scale"
-            )
-        print(f"refound: {words}: no snapshot is taken of it, the last good one stays", file=sys.stderr, flush=True)
-        return words
 
     def _before_optimizer_step(self, *_: Any) -> None:
         """The copy must be over before the state changes. This wait is the stall."""
@@ -402,50 +314,3 @@ class Protection:
         if self._link is not None and not self._idle.wait(_EXIT_WAIT.total_seconds()):
             self._link.close()
             self._idle.wait(_EXIT_WAIT.total_seconds())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One snapshot on its way into a slot."""
-
-    step: int
-    state: State
-    plan: Plan
-    header: bytes
-    leaves: list[Any]
-    """Those of the state, or copies of them."""
-    ready: Any
-    watched: list[tuple[str, torch.Tensor, int]]
-    """Leaves that are copied while training runs, with autograd's count of in-place changes to each."""
-
-
-def _watch(state: State) -> list[tuple[str, torch.Tensor, int]]:
-    return [(leaf.path, leaf.tensor, leaf.tensor._version) for leaf in state.leaves if leaf.constant]
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A leaf that could not wait: its bytes as they were."""
-
-    tensor: torch.Tensor
-
-
-def _replica_checks(plan: Plan, leaves: list[Any]) -> dict[str, int]:
-    """A checksum of all of every shared region, to be compared between the ranks that should hold the same."""
-    checks: dict[str, int] = {}
-    for slot, leaf in zip(plan.slots, leaves, strict=True):
-        ranks = plan.regions[slot.region].ranks
-        if len(ranks) > 1:
-            name = ",".join(map(str, ranks))
-            checks[name] = checksum(flat_bytes(leaf.tensor).cpu().numpy(), checks.get(name, 0))
-    return checks
-
-
-def _device_of(objects: dict[str, Any]) -> torch.device:
-    for value in objects.values():
-        if isinstance(value, ZeroState):
-            return value.device
-        if isinstance(value, torch.nn.Module):
-            for parameter in value.parameters():
-                return parameter.device
-    return torch.device("cpu")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .agreement import Decision, SnapshotId
-from .errors import DamageError, SnapshotError, StaleWriterError
+from .errors import DamageError, SnapshotError, StaleWriterError, as_snapshot_error
 from .held import Held, ShardRecord, bucket_checksums, failing_buckets, record_buckets
 from .keeper import Keeper
 from .manifest import vector_of
@@ -58,13 +58,14 @@ class Recovery:
             self.rebuild_parity()
         except StaleWriterError:
             return  # the next generation decides anew
-        except SnapshotError as error:
+        except (SnapshotError, MemoryError) as error:
+            trouble = as_snapshot_error(error)
             with keeper.changed:
                 if keeper.committed != self._held.id:
                     return  # a newer snapshot is committed: this one is no longer needed, here or elsewhere
-                keeper.trouble = error
+                keeper.trouble = trouble
                 keeper.changed.notify_all()
-            keeper.event("trouble", error=str(error))
+            keeper.event("trouble", error=str(trouble))
         finally:
             self._peers.close()
             keeper.unpin(self._held)

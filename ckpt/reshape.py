@@ -92,9 +92,10 @@ class Reshaper:
         """What has no way yet to lie otherwise."""
         was = f"the snapshot is of {self._saved.world_size} ranks or of another layout, and"
         problems = [
-            f"{was} {name!r} is a DeepSpeed engine, whose state goes back to as many ranks as it came from"
+            f"{was} {name!r} is a DeepSpeed engine that cannot take it: {why}"
             for name, value in objects.items()
-            if isinstance(value, ZeroState)
+            if isinstance(value, ZeroState) and name in self._shard.objects
+            if (why := value.cannot_take(self._shard.objects[name]))
         ]
         if absent := absent_tensors(self._shard.objects):
             problems.append(
@@ -110,6 +111,9 @@ class Reshaper:
         if isinstance(value, torch.optim.Optimizer):
             state = decode(data, lambda number: self._optimizer_tensor(name, value, self._shard.slots[number]))
             return lambda: load_optimizer(value, state)
+        if isinstance(value, ZeroState):
+            found = decode(data, lambda number: self._zero_tensor(name, value, self._shard.slots[number]))
+            return lambda: value.load_state_dict(found)
         return load_object(self._saved, name, value, self._rank, self._world_size)
 
     # --- modules -----------------------------------------------------------------------------------------------
@@ -169,6 +173,17 @@ class Reshaper:
         self._fill(local, slot, slot.path, part)
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    def _zero_tensor(self, name: str, engine: ZeroState, slot: Slot) -> torch.Tensor:
+        """This rank's share of what DeepSpeed keeps flat; padding is zero, as DeepSpeed makes it."""
+        share = engine.share_of(slot.path.removeprefix(f"{name}/"))
+        if share is None or slot.spec is None:
+            return self._plain(slot)
+        low, count, real = share
+        tensor = torch.zeros(count, dtype=getattr(torch, slot.dtype))
+        if held := max(0, min(count, real - low)):
+            self._fill(tensor[:held], slot, slot.path, (((low, held),),))
+        return tensor
 
     def _plain(self, slot: Slot) -> torch.Tensor:
         """A fresh tensor with all of a leaf's values, to be filled."""

@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .boxes import Layout, extent, overlaps
+from .boxes import whole as whole_part
 from .errors import DamageError, LayoutMismatchError
-from .globals import box_of, ranks_of
 from .shard import Shard, Slot, pieces
 from .tree import Json
 
@@ -46,28 +47,26 @@ class Whole:
     def tensor(self, rank: int, slot: Slot) -> np.ndarray:
         """uint8: all bytes of the global tensor, row by row. For a leaf that is no DTensor, what `rank` holds.
 
-        Raises LayoutMismatchError if the ranks' parts do not make up the tensor.
+        Raises LayoutMismatchError if the ranks' parts are not all of it, UnsupportedStateError for partial sums.
         """
         if slot.spec is None:
             return self.local(rank, slot)
         shape = self.shape(slot)
-        item_bytes = _item_bytes(slot)
-        out = np.zeros(shape, np.dtype(f"V{item_bytes}"))
-        seen: set[tuple[int, ...]] = set()
+        out = np.zeros(shape, np.dtype(f"V{_item_bytes(slot)}"))
         covered = 0
-        for other in ranks_of(slot.spec):
-            box = box_of(slot.spec, other)
-            if 0 in box.shape or box.low in seen:
+        for part, ranks in Layout.of(slot.spec).owners.items():
+            local, held = extent(part), self._slots[ranks[0]].get(slot.path)
+            if 0 in local:
                 continue
-            part = self._slots[other].get(slot.path)
-            if part is None or part.shape != box.shape or part.dtype != slot.dtype:
+            if held is None or held.shape != local or held.dtype != slot.dtype:
                 raise LayoutMismatchError(
-                    f"{slot.path}: rank {other} should hold {list(box.shape)} and holds "
-                    f"{list(part.shape) if part else 'nothing'}"
+                    f"{slot.path}: rank {ranks[0]} should hold {list(local)} and holds "
+                    f"{list(held.shape) if held else 'nothing'}"
                 )
-            out[box.slices] = self.local(other, part).view(out.dtype).reshape(box.shape)
-            seen.add(box.low)
-            covered += int(np.prod(box.shape, dtype=np.int64))
+            source = self.local(ranks[0], held).view(out.dtype).reshape(local)
+            for box in overlaps(part, whole_part(shape)):
+                out[box.target] = source[box.source]
+                covered += box.size
         if covered != out.size:
             raise LayoutMismatchError(f"{slot.path}: the ranks hold {covered} of {out.size} elements")
         return out.reshape(-1).view(np.uint8)

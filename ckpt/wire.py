@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages between workers, agents and snapshot processes: framed, length-checked, never pickled.
 
-A frame is a fixed header (magic, version, JSON length, body length), a JSON object and a body of raw bytes. Unix
+A frame is a fixed header (magic, version, JSON length, body length), a JSON object and a body of raw bytes. Header and
+JSON carry a CRC-32 each, since a bit that flips in `"step": 6` would be believed; bodies have their own checksums. Unix
 sockets may carry file descriptors with the first byte. TCP connections begin with a mutual challenge-response
 over the generation's key, so a process of another job, user or older generation gets no further than that.
 What is not promised: secrecy. Bodies travel in the clear, guarded by the checksums that go with every bucket.
@@ -13,13 +14,16 @@ import json
 import os
 import socket
 import struct
+import zlib
 from typing import Any
 
 from .errors import ProtocolError
 
-_HEADER = struct.Struct("!4sBxHIQ")  # magic, version, (pad), reserved, JSON bytes, body bytes
+_FIELDS = struct.Struct("!4sBxHIQI")  # magic, version, (pad), reserved, JSON bytes, body bytes, CRC-32 of the JSON
+_CHECK = struct.Struct("!I")  # CRC-32 of the fields
+_HEADER_BYTES = _FIELDS.size + _CHECK.size
 _MAGIC = b"rfnd"
-_VERSION = 1
+_VERSION = 2
 MAX_JSON_BYTES = 64 << 20
 MAX_BODY_BYTES = 256 << 20
 MAX_COUNT = 1 << 62
@@ -34,7 +38,7 @@ Message = dict[str, Any]
 def send(sock: socket.socket, message: Message, body: bytes | memoryview = b"", fds: list[int] | None = None) -> None:
     """Send one frame. `fds` (Unix sockets only) are duplicated into the receiver."""
     text = json.dumps(message, separators=(",", ":")).encode()
-    head = _HEADER.pack(_MAGIC, _VERSION, 0, len(text), len(body)) + text
+    head = _head(text, len(body))
     if fds:
         sent = socket.send_fds(sock, [head], fds)
         head = head[sent:]
@@ -47,7 +51,13 @@ def send(sock: socket.socket, message: Message, body: bytes | memoryview = b"", 
 def send_head(sock: socket.socket, message: Message, body_bytes: int) -> None:
     """Announce a body that the caller sends itself (`os.sendfile`)."""
     text = json.dumps(message, separators=(",", ":")).encode()
-    sock.sendall(_HEADER.pack(_MAGIC, _VERSION, 0, len(text), body_bytes) + text)
+    sock.sendall(_head(text, body_bytes))
+
+
+def _head(text: bytes, body_bytes: int) -> bytes:
+    """All of a frame but its body."""
+    fields = _FIELDS.pack(_MAGIC, _VERSION, 0, len(text), body_bytes, zlib.crc32(text))
+    return fields + _CHECK.pack(zlib.crc32(fields)) + text
 
 
 def receive(sock: socket.socket, into: memoryview | None = None) -> tuple[Message, memoryview, list[int]]:
@@ -59,12 +69,17 @@ def receive(sock: socket.socket, into: memoryview | None = None) -> tuple[Messag
     fds: list[int] = []
     try:
         head = _receive_head(sock, fds)
-        magic, version, reserved, json_bytes, body_bytes = _HEADER.unpack(head)
+        magic, version, reserved, json_bytes, body_bytes, text_check = _FIELDS.unpack_from(head)
         if magic != _MAGIC or version != _VERSION or reserved:
             raise ProtocolError(f"not a refound message: it starts with {head[:6].hex()}")
+        if _CHECK.unpack_from(head, _FIELDS.size)[0] != zlib.crc32(head[: _FIELDS.size]):
+            raise ProtocolError("a message's header was changed on its way")
         if json_bytes > MAX_JSON_BYTES or body_bytes > MAX_BODY_BYTES:
             raise ProtocolError(f"oversized message refused: {json_bytes} bytes of JSON, {body_bytes} of body")
-        message = _parse(receive_exactly(sock, memoryview(bytearray(json_bytes))))
+        text = receive_exactly(sock, memoryview(bytearray(json_bytes)))
+        if zlib.crc32(text) != text_check:
+            raise ProtocolError("a message was changed on its way")
+        message = _parse(text)
         if into is not None and body_bytes <= len(into):
             body = into[:body_bytes]
         else:
@@ -79,13 +94,13 @@ def receive(sock: socket.socket, into: memoryview | None = None) -> tuple[Messag
 
 def _receive_head(sock: socket.socket, fds: list[int]) -> bytes:
     if sock.family == socket.AF_UNIX:
-        first, received, _, _ = socket.recv_fds(sock, _HEADER.size, _MAX_FDS)
+        first, received, _, _ = socket.recv_fds(sock, _HEADER_BYTES, _MAX_FDS)
         fds.extend(received)
     else:
-        first = sock.recv(_HEADER.size)
+        first = sock.recv(_HEADER_BYTES)
     if not first:
         raise ConnectionError("the other side closed the connection")
-    rest = receive_exactly(sock, memoryview(bytearray(_HEADER.size - len(first))))
+    rest = receive_exactly(sock, memoryview(bytearray(_HEADER_BYTES - len(first))))
     return first + bytes(rest)
 
 

@@ -76,7 +76,7 @@ class CheckpointWriter:
                 if self.root is not None:
                     checkpoints.write_part(self.root, held, self._keeper.job)
                     durable = True
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self._keeper.event("checkpoint failed", step=held.id.step, error=str(error))
             finally:
                 self._keeper.unpin(held)

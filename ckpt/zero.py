@@ -10,6 +10,7 @@ parameter begins in it, so that other numbers of ranks can read it.
 Written against deepspeed 0.19; it uses its internals, and refuses an engine that lacks them.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,27 @@ class ZeroState:
                 count = parameter.partition_numel()
                 yield self._names[id(parameter)], number, offset, count
                 offset += count
+
+    def share_of(self, path: str) -> tuple[int, int, int] | None:
+        """Of a tensor below this object that is cut over the ranks: where this rank's share begins, how long it is, and
+        how many of all ranks' values are no padding. None for any other."""
+        kind, _, name = path.partition("/")
+        piece, _, which = name.partition("/")
+        if kind not in ("masters", "state") or (kind == "state" and not which.startswith("parts/")):
+            return None
+        count = self._sizes[piece]
+        real = sum(math.prod(shape) for owner, _, shape in self._layout() if owner == piece)
+        return self._ranks.index(dist.get_rank()) * count, count, real
+
+    def cannot_take(self, saved: dict[str, Any]) -> str:
+        """Why the state of other ranks does not fit here; empty if it does. saved: its description."""
+        if saved["stage"] != self.stage:
+            return f"it is of ZeRO stage {saved['stage']} and this engine's is {self.stage}"
+        if saved["layout"] != self._layout():
+            return "its parameters are others, or lie in another order (round_robin_gradients deals them out by rank)"
+        if self.stage == 3 and self.frozen():
+            return f"{next(iter(self.frozen()))} is frozen, and each rank has its part of it in a way of its own"
+        return ""
 
     def role(self, path: str) -> tuple[bool, Placed]:
         """Of a tensor below this object, as in `masters/group0`: whether it stays between two steps, and its place."""

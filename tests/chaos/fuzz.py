@@ -11,6 +11,7 @@ says it again.
 """
 
 import argparse
+import errno
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import socket
 import struct
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,11 +39,14 @@ else:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tests.ckpt.alone import Alone, alone
 
-_HEADER = struct.Struct("!4sBxHIQ")
+_FIELDS = struct.Struct("!4sBxHIQI")
+_HEADER_BYTES = _FIELDS.size + 4
 _PATIENCE_S = 60.0
 _ROUND = 2000
 _BATCH = 48
 _LAST_STEP = 7
+_ENDED = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
+"""How a connection ends whose other side has not read all that was sent."""
 _GROWTH_BYTES = 64 << 20
 """What a process that handles many messages may grow by: its allocator's arenas and thread stacks."""
 
@@ -59,8 +64,9 @@ class FuzzError(AssertionError):
 def frame(message: object, body: bytes = b"", **wrong: Any) -> bytes:
     """A frame, with header fields replaced as asked."""
     text = message if isinstance(message, bytes) else json.dumps(message).encode()
-    fields = {"magic": b"rfnd", "version": 1, "reserved": 0, "json_bytes": len(text), "body_bytes": len(body)} | wrong
-    return _HEADER.pack(*fields.values()) + text + body
+    fields = {"magic": b"rfnd", "version": 2, "reserved": 0, "json_bytes": len(text), "body_bytes": len(body)}
+    head = _FIELDS.pack(*(fields | {"text_check": zlib.crc32(text)} | wrong).values())
+    return head + struct.pack("!I", zlib.crc32(head)) + text + body
 
 
 def any_value(rng: Random, depth: int = 0) -> Json:
@@ -174,7 +180,9 @@ class Target:
         client = Client(self.job.path)
         try:
             client.sock.settimeout(_PATIENCE_S)
-            return client.call({"op": op})[0]
+            found = client.call({"op": op})[0]
+            _all_that_comes(client.sock)  # it has let go of its end when this one sees the end
+            return found
         finally:
             client.close()
 
@@ -194,13 +202,8 @@ class Target:
         (snapshot,) = [s for s in self.ask("verify")["snapshots"] if s["committed"]]
         if snapshot["view"]["damaged_data"] or snapshot["buckets"] != len(self.data) // BUCKET_BYTES:
             raise FuzzError(f"the committed snapshot is damaged: {snapshot}")
-        deadline = time.monotonic() + _PATIENCE_S
-        while (
-            self.descriptors and self.open_descriptors() > self.descriptors
-        ):  # threads end a little after their callers
-            if time.monotonic() > deadline:
-                raise FuzzError(f"{self.open_descriptors()} descriptors are open where {self.descriptors} were")
-            time.sleep(0.05)
+        if self.descriptors and self.open_descriptors() > self.descriptors:
+            raise FuzzError(f"{self.open_descriptors()} descriptors are open where {self.descriptors} were")
 
 
 # --- how it is sent --------------------------------------------------------------------------------------------
@@ -226,16 +229,17 @@ def _all_that_comes(sock: socket.socket) -> bytes:
             found += data
     except TimeoutError as error:
         raise FuzzError("it neither answered nor closed the connection") from error
-    except OSError:
-        pass  # reset: what was sent had not all been read
+    except OSError as error:
+        if error.errno not in _ENDED:
+            raise FuzzError(f"the connection broke: {error}") from error
     return bytes(found)
 
 
 def _replies(data: bytes) -> list[dict[str, Json]]:
     found, at = [], 0
-    while at + _HEADER.size <= len(data):
-        _, _, _, json_bytes, body_bytes = _HEADER.unpack_from(data, at)
-        at += _HEADER.size
+    while at + _HEADER_BYTES <= len(data):
+        _, _, _, json_bytes, body_bytes, _ = _FIELDS.unpack_from(data, at)
+        at += _HEADER_BYTES
         found.append(json.loads(data[at : at + json_bytes]))
         at += json_bytes + body_bytes
     return found

@@ -3,7 +3,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,23 @@ from refound.ckpt.held import bucket_checksums
 from refound.ckpt.link import Link, Place
 
 _jobs = itertools.count()
+
+
+def opened(job: str, agents: Sequence[Attachment], views: list[NodeView] | None = None) -> list[Place]:
+    """Open a generation: the places of one rank on each node."""
+    views = views or [agent.inventory() for agent in agents]
+    generation = max(agent.open(views, "") for agent in agents)
+    return [
+        Place(
+            socket=os.fspath(agent.path),
+            job=job,
+            generation=generation,
+            rank=rank,
+            world_size=len(agents),
+            local_world_size=1,
+        )
+        for rank, agent in enumerate(agents)
+    ]
 
 
 class Alone:
@@ -37,16 +54,7 @@ class Alone:
     def open(self) -> None:
         """The one generation, with its workers: ending it would kill them, and they are this process."""
         self.views = [agent.inventory() for agent in self.agents]
-        for rank, agent in enumerate(self.agents):
-            place = Place(
-                socket=str(agent.path),
-                job=self.job,
-                generation=agent.open(self.views, ""),
-                rank=rank,
-                world_size=len(self.agents),
-                local_world_size=1,
-            )
-            self.links.append(Link(place))
+        self.links += [Link(place) for place in opened(self.job, self.agents, self.views)]
 
     def snapshot(self, step: int, data: np.ndarray) -> None:
         """All ranks save the same bytes; waits until that is committed."""

@@ -125,6 +125,14 @@ def test_a_plain_tensor_is_a_part_like_any_other() -> None:
     assert cut(((2, 3), (9, 2)), 2, 4) == ((4, 1), (9, 1))
 
 
+def test_strided_shards_are_read_as_older_torch_prints_them_too() -> None:
+    spec = {"shape": [8], "mesh": [[0, 1], [2, 3]]}
+    old = Layout.of(spec | {"placements": ["_StridedShard(dim=0, sf=2)", "S(0)"]})
+    assert [old.part(rank) for rank in range(4)] == [
+        Layout.of(spec | {"placements": ["_S(0, 2)", "S(0)"]}).part(rank) for rank in range(4)
+    ]
+
+
 def test_what_is_missing_or_partial_is_refused() -> None:
     layout = Layout((4,), (2,), (0, 1), ("S(0)",))
     with pytest.raises(DamageError, match="2 of 6 values"):

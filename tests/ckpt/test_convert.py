@@ -18,14 +18,13 @@ import torch
 import torch.distributed as dist
 from click.testing import CliRunner, Result
 from refound.ckpt.convert import convert
-from refound.ckpt.errors import ConfigError, LayoutMismatchError
-from refound.ckpt.globals import box_of
+from refound.ckpt.errors import ConfigError
 from refound.cli import main
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from .alone import alone
@@ -155,32 +154,6 @@ def test_large_files_are_split_with_an_index(sharded: Any, tmp_path: Path) -> No
         found |= load_file(tmp_path / "out" / file)
     assert same(found, whole)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
-
-
-def check_boxes(rank: int, folder: Path) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    kinds = [Replicate(), Shard(0), Shard(1)]
-    for shape in [(8, 6), (5, 3), (3, 7), (1, 1)]:
-        whole = torch.arange(shape[0] * shape[1]).reshape(shape)
-        for one in kinds:
-            for other in kinds:
-                part = distribute_tensor(whole, mesh, [one, other])
-                spec = {
-                    "shape": list(shape),
-                    "placements": [str(p) for p in part.placements],
-                    "mesh": mesh.mesh.tolist(),
-                }
-                box = box_of(spec, rank)
-                assert torch.equal(whole[box.slices], part.to_local()), (shape, one, other, rank)
-
-
-def test_boxes_are_those_of_dtensor(tmp_path: Path) -> None:
-    on_four_ranks(check_boxes, tmp_path)
-
-
-def test_partial_sums_are_refused() -> None:
-    with pytest.raises(LayoutMismatchError, match=r"P\(sum\)"):
-        box_of({"shape": [4], "placements": ["P(sum)"], "mesh": [0, 1]}, 0)
 
 
 # --- one rank, through the command line ------------------------------------------------------------------------

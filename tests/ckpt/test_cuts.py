@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from refound.ckpt import wire
 from refound.ckpt.agreement import SnapshotId
-from refound.ckpt.errors import DamageError, SnapshotError, StaleWriterError
+from refound.ckpt.errors import DamageError, SnapshotError, SnapshotMemoryError, StaleWriterError
 from refound.ckpt.peers import Peers, read_message
+from refound.ckpt.slots import Segment
 from refound.ckpt.stripes import BUCKET_BYTES
 
 from .cluster import Cluster, snapshot_memory, wait_for
@@ -286,6 +287,34 @@ def test_trouble_in_the_exchange_ends_with_its_generation(clusters: list[Cluster
     assert decision.snapshot is not None
     cluster.check_data(decision.snapshot)
     cluster.committed(cluster.snapshot(3))
+
+
+def test_running_out_of_memory_is_said_and_a_restart_goes_on(
+    clusters: list[Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that died of it without a word would leave everybody waiting."""
+    cluster = started(clusters, 2, 1)
+    good = newest(cluster)
+    keeper = cluster.nodes[1].keeper
+
+    def full(*_: object) -> list[Segment]:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper, "parity_memory", full)
+        cluster.snapshot(2)
+        wait_for(keeper, lambda: keeper.trouble)
+        with pytest.raises(SnapshotMemoryError, match="ran out of memory"):
+            keeper.begin(cluster.writer(1, 1).worker(), 3, BUCKET_BYTES)
+        cluster.replace(1)
+        keeper = cluster.nodes[1].keeper
+        patch.setattr(keeper, "parity_memory", full)
+        found = cluster.open().snapshot
+        assert found is not None and found >= good  # step 2 may be whole enough by now
+        wait_for(keeper, lambda: keeper.trouble)
+    assert cluster.open().snapshot == found
+    cluster.whole(found)
+    cluster.check_data(found)
 
 
 def test_replicas_that_differ_between_nodes_never_commit(clusters: list[Cluster]) -> None:

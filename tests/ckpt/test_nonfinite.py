@@ -13,8 +13,9 @@ from refound.ckpt.errors import NonFiniteStateError
 from refound.ckpt.finite import first_nonfinite
 from refound.ckpt.held import bucket_checksums
 from refound.ckpt.link import Place
-from refound.ckpt.protection import MOST_REFUSALS, Protection
+from refound.ckpt.protection import Protection
 from refound.ckpt.shard import make_plan
+from refound.ckpt.snapshotter import MOST_REFUSALS
 from refound.ckpt.stripes import BUCKET_BYTES
 
 from .alone import alone

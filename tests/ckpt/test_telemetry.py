@@ -6,8 +6,6 @@ import json
 import os
 import re
 import socket
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,36 +13,18 @@ from typing import Any
 import pytest
 from refound.ckpt import attach as attach_module
 from refound.ckpt.attach import Attachment, attach
-from refound.ckpt.client import Client, find_nodes, stop_job
+from refound.ckpt.client import find_nodes
 from refound.ckpt.conf import PluginConfig
 from refound.ckpt.eventlog import EventLog, log_file
 from refound.ckpt.held import bucket_checksums
 from refound.ckpt.keeper import Keeper
-from refound.ckpt.link import Link, Place
+from refound.ckpt.link import Link
 from refound.ckpt.metrics import MetricsServer, render
 from refound.ckpt.stripes import BUCKET_BYTES
 from refound.ckpt.telemetry import Telemetry
 
-PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    made: list[Client] = []
-    real = Client.__init__
-
-    def init(self: Client, path: Path) -> None:
-        real(self, path)
-        made.append(self)
-
-    monkeypatch.setattr(Client, "__init__", init)
-    name = f"telemetry-{request.node.name}"[:60]
-    yield name
-    for client in made:  # the agent that this process plays has no end of its own
-        client.close()
-    stop_job(name)
-    while attach_module._started:
-        attach_module._started.pop().wait(PATIENCE_S)
+from .alone import opened
+from .cluster import PATIENCE_S
 
 
 def free_port() -> int:
@@ -82,17 +62,8 @@ def one(found: dict[str, dict[str, float]], name: str) -> float:
 def trained(job: str, conf: PluginConfig, steps: int) -> Attachment:
     """One node's snapshot process that has committed so many snapshots of two buckets."""
     attachment = attach(job, "127.0.0.1", conf)
-    generation = attachment.open([attachment.inventory()], "")
-    link = Link(
-        Place(
-            socket=os.fspath(attachment.path),
-            job=job,
-            generation=generation,
-            rank=0,
-            world_size=1,
-            local_world_size=1,
-        )
-    )
+    (place,) = opened(job, [attachment])
+    link = Link(place)
     for step in range(1, steps + 1):
         slot = link.begin(step, 2 * BUCKET_BYTES)
         slot.array[:] = step
@@ -244,10 +215,8 @@ def test_lines_that_could_not_be_written_are_counted(tmp_path: Path) -> None:
     log = EventLog(path)
     for number in range(3):
         log.write({"number": number})
-    deadline = time.monotonic() + PATIENCE_S
-    while log._lost < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    with log._changed:
+        assert log._changed.wait_for(lambda: log._lost == 3, PATIENCE_S)
     (tmp_path / "folder").unlink()
     log.write({"number": 3})
     log.close(PATIENCE_S)

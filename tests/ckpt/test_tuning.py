@@ -3,22 +3,19 @@
 
 import itertools
 import multiprocessing
-import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from refound.ckpt import attach as attach_module
 from refound.ckpt.agreement import SnapshotId
 from refound.ckpt.attach import Attachment, attach
-from refound.ckpt.client import Client, find_nodes, stop_job
+from refound.ckpt.client import find_nodes
 from refound.ckpt.conf import PluginConfig
 from refound.ckpt.errors import ConfigError, DamageError, ProtocolError
 from refound.ckpt.held import bucket_checksums
@@ -27,7 +24,9 @@ from refound.ckpt.protection import Protection, protect
 from refound.ckpt.stripes import BUCKET_BYTES
 from refound.ckpt.tuning import MOST_STEPS, AutoInterval, Costs, FixedInterval, IntervalTuner, Tuning
 
-PATIENCE_S = 60.0
+from .alone import opened
+from .cluster import PATIENCE_S
+
 COSTS = Costs(stall_ms=20.0, step_ms=100.0, budget=0.01)
 AMOUNTS = st.floats(0, 1e7)
 ANY_COSTS = st.builds(Costs, stall_ms=AMOUNTS, step_ms=st.floats(0.01, 1e7), budget=st.floats(1e-4, 0.5))
@@ -141,45 +140,8 @@ def test_nonsense_for_a_decision_is_refused(message: dict[str, object]) -> None:
 # --- all together, in real snapshot processes ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    made: list[Client] = []
-    real = Client.__init__
-
-    def init(self: Client, path: Path) -> None:
-        real(self, path)
-        made.append(self)
-
-    monkeypatch.setattr(Client, "__init__", init)
-    name = f"tuning-{request.node.name}"[:60]
-    yield name
-    for client in made:  # the agent that this process plays has no end of its own
-        client.close()
-    stop_job(name)
-    while attach_module._started:
-        attach_module._started.pop().wait(PATIENCE_S)
-
-
 def attached(job: str, nodes: int) -> list[Attachment]:
     return [attach(job, "127.0.0.1", PluginConfig(node=f"n{i}")) for i in range(nodes)]
-
-
-def opened(job: str, attachments: list[Attachment]) -> list[Place]:
-    """Open a generation: the places of one rank on each node."""
-    nodes = len(attachments)
-    views = [attachment.inventory() for attachment in attachments]
-    generation = max(attachment.open(views, "") for attachment in attachments)
-    return [
-        Place(
-            socket=os.fspath(attachment.path),
-            job=job,
-            generation=generation,
-            rank=rank,
-            world_size=nodes,
-            local_world_size=1,
-        )
-        for rank, attachment in enumerate(attachments)
-    ]
 
 
 def train(place: Place, steps: range, told: "SimpleQueue[tuple[int, tuple[list[int], list[str]]]]") -> None:

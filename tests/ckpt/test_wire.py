@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from refound.ckpt import wire
 from refound.ckpt.errors import ProtocolError
 
-HEADER = struct.Struct("!4sBxHIQ")
+FIELDS = struct.Struct("!4sBxHIQI")
 KEY = wire.generation_key("secret", "00" * 16)
 
 json_values = st.recursive(
@@ -39,8 +40,9 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 def frame(message: object, body: bytes = b"", **wrong: Any) -> bytes:
     """A frame, with header fields replaced as asked."""
     text = message if isinstance(message, bytes) else json.dumps(message).encode()
-    fields = {"magic": b"rfnd", "version": 1, "reserved": 0, "json_bytes": len(text), "body_bytes": len(body)} | wrong
-    return HEADER.pack(*fields.values()) + text + body
+    fields = {"magic": b"rfnd", "version": 2, "reserved": 0, "json_bytes": len(text), "body_bytes": len(body)}
+    head = FIELDS.pack(*(fields | {"text_check": zlib.crc32(text)} | wrong).values())
+    return head + struct.pack("!I", zlib.crc32(head)) + text + body
 
 
 def received(data: bytes, kind: socket.AddressFamily = socket.AF_UNIX) -> tuple[wire.Message, bytes]:
@@ -102,6 +104,15 @@ def test_a_large_body_crosses_tcp_into_the_callers_buffer() -> None:
     assert target[: len(body)] == body and data.obj is target.obj
 
 
+@given(messages, st.data())
+def test_a_bit_that_flips_in_header_or_text_is_noticed(message: dict[str, Any], draw: st.DataObject) -> None:
+    data = bytearray(frame(message, b"body"))
+    bit = draw.draw(st.integers(0, 8 * (len(data) - len(b"body")) - 1))
+    data[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(ProtocolError):
+        received(bytes(data))
+
+
 def test_a_body_larger_than_the_buffer_gets_memory_of_its_own(pair: tuple[socket.socket, socket.socket]) -> None:
     target = memoryview(bytearray(3))
     wire.send(pair[0], {}, b"1234")
@@ -130,7 +141,7 @@ def test_a_frame_cut_at_any_byte_is_a_broken_connection(kind: socket.AddressFami
     ("data", "words"),
     [
         (frame({}, magic=b"HTTP"), "not a refound message: it starts with 4854"),
-        (frame({}, version=2), "not a refound message"),
+        (frame({}, version=3), "not a refound message"),
         (frame({}, reserved=1), "not a refound message"),
         (frame({}, json_bytes=wire.MAX_JSON_BYTES + 1), "oversized"),
         (frame({}, json_bytes=2**32 - 1), "oversized"),
