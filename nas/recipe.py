@@ -160,6 +160,8 @@ def read_recipe(path: Path, settings: Sequence[str] = (), *, toy: bool = False) 
     recipe = _read(Recipe, raw, "", problems)
     if recipe is not None and not problems:
         problems += check(recipe)
+    elif isinstance(raw.get("budget"), dict):
+        problems += _budget_beside(raw)
     if problems or recipe is None:
         raise RecipeError(f"{path}: " + "\n  ".join(["the recipe cannot be:", *problems]))
     return recipe
@@ -193,6 +195,16 @@ def check(recipe: Recipe) -> list[str]:
     from .budget import budget_problems
 
     return problems + budget_problems(recipe.budget, names) + recipe.distill.problems("distill")
+
+
+def _budget_beside(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the budget of a recipe that cannot be read otherwise."""
+    from .budget import budget_problems
+
+    costs = raw.get("costs")
+    tables = costs.get("workloads") if isinstance(costs, dict) else None
+    named = [table["name"] for table in tables or () if isinstance(table, dict) and isinstance(table.get("name"), str)]
+    return budget_problems(_flat(raw["budget"]), named or [workload.name for workload in Costs().workloads])
 
 
 _LEAST = (
