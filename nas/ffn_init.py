@@ -70,6 +70,15 @@ def narrowed(
     }
 
 
+def narrowing_error(
+    weights: dict[str, torch.Tensor], narrow: dict[str, torch.Tensor], gram: torch.Tensor, kept: torch.Tensor
+) -> float:
+    """‖W_d a - W'_d a_kept‖² over the tokens of a Gram matrix."""
+    off = weights["mlp.down_proj.weight"].double().cpu().clone()
+    off[:, kept] -= narrow["mlp.down_proj.weight"].double().cpu()
+    return ((off @ gram) * off).sum().item()
+
+
 def _inverse(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     damped = gram + damping(gram, ridge) * torch.eye(len(gram), dtype=gram.dtype)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))

@@ -53,8 +53,8 @@ class Space:
 class Library:
     """How variants are made: a closed form, then block-local distillation."""
 
-    ridge: float = 1e-4
-    """Of the closed form, as a share of the mean square of its inputs."""
+    ridge: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """Of the closed form, as shares of the mean square of its inputs; the best on held-out windows is taken."""
     steps: int = 0
     """Of block-local distillation for each variant; 0: the closed form alone."""
     batch: int = 8
@@ -185,6 +185,8 @@ def check(recipe: Recipe) -> list[str]:
             problems.append(f"the workload {workload.name!r} needs a batch and a prompt of at least 1")
     if recipe.score.objective not in ("kl", "lm", "cosine"):
         problems.append(f"score.objective is {recipe.score.objective!r}, none of kl, lm, cosine")
+    if not recipe.library.ridge or min(recipe.library.ridge) <= 0:
+        problems.append("library.ridge needs at least one number, and positive ones")
     if not recipe.text.sources:
         problems.append("text.sources is empty")
     for table, key in (("text", "train"), ("text", "score"), ("text", "test")):

@@ -257,7 +257,7 @@ def test_another_recipe_reuses_what_fits_and_nothing_else(found: Found) -> None:
     own = found.teacher.recipe
     counted = {stage.name: stage.done for stage in plan_search(replace(own, budget={"parameters": "60%"})).stages}
     assert counted["library"] == len(found.library)
-    library = replace(own.library, ridge=1e-2)
+    library = replace(own.library, ridge=(1e-2,))
     counted = {stage.name: stage.done for stage in plan_search(replace(own, library=library)).stages}
     assert counted["library"] == 0 and counted["activations"] > 0
 
