@@ -646,6 +646,7 @@ def search(recipe: Path, settings: tuple[str, ...], toy: bool, dry_run: bool, as
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="tokens, length, batch, lr, kl, cosine, …")
 @click.option("--seed", default=0, show_default=True, help="Of the order of the text.")
+@click.option("--logits", type=click.Path(file_okay=False, path_type=Path), help="Keep the teacher's logits here.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 def distill(
@@ -655,6 +656,7 @@ def distill(
     sources: tuple[str, ...],
     settings: tuple[str, ...],
     seed: int,
+    logits: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -679,6 +681,7 @@ def distill(
         sources=sources or DistillConfig.sources,
         training=read_training(settings),
         seed=seed,
+        logits=logits,
         overwrite=overwrite,
     )
     from .distill.loop import run_distillation

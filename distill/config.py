@@ -72,6 +72,10 @@ class DistillConfig:
     held_out: int = 8
     """Windows on which quality is measured."""
     seed: int = 0
+    logits: Path | None = None
+    """A directory for the teacher's logits, asked for once and used again by other children; see `logit_store`."""
+    stored: int = 64
+    """Logits that are kept of a token."""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +84,16 @@ class DistillConfig:
             problems.append("name at least one text")
         if self.training.tokens and self.training.tokens < self.training.length * self.training.batch:
             problems.append(f"{self.training.tokens} tokens are less than one batch")
+        if self.logits is not None and (self.training.cosine, self.training.divergence, self.training.lm) != (
+            0,
+            "forward",
+            0,
+        ):
+            problems.append(
+                "stored logits hold no hidden states: with them cosine and lm must be 0, divergence forward"
+            )
+        if self.stored < 1:
+            problems.append("stored must be at least 1")
         if self.held_out < 1:
             problems.append("held_out must be at least 1")
         if problems:

@@ -21,6 +21,7 @@ from ..export.directory import ModelDirectory
 from .chunked import HeadLoss, head_loss
 from .config import DistillConfig, Training, digest
 from .errors import DistillUsageError, DivergedError, TextError
+from .logit_store import LogitStore, stored_kl
 from .losses import cosine_distance, find_divergence
 from .models import load, open_blocks, positions_of, states_of, weights_of
 from .quality import Quality, measure
@@ -100,11 +101,22 @@ def distill(config: DistillConfig, progress: Progress) -> Distilled:
     lengths = {"tokenizer": tokenizer, "eos": eos, "length": training.length}
     windows = torch.from_numpy(pack(config.sources, "train", count=max(steps, 1) * training.batch, **lengths))
     held_out = torch.from_numpy(pack(config.sources, "test", count=config.held_out, **lengths))
-    run = digest([digest(config.training), config.sources, config.seed, child.fingerprint(), teacher.fingerprint()])
+    stored = config.stored if config.logits is not None else 0
+    run = digest(
+        [digest(config.training), config.sources, config.seed, stored, child.fingerprint(), teacher.fingerprint()]
+    )
     if (done := _finished(config, run)) is not None:
         progress(f"{config.out} is the result of this very run already")
         return done
-    loop = _Loop(config, load(child), load(teacher), windows, held_out, run)
+    model = load(teacher)
+    store = None
+    if config.logits is not None:
+        store = LogitStore(config.logits, teacher=teacher.fingerprint(), windows=windows, k=config.stored)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            store.fill(model, progress)
+        if dist.is_initialized():
+            dist.barrier()
+    loop = _Loop(config, load(child), model, windows, held_out, run, store)
     outcome = loop.run(steps, progress)
     if not dist.is_initialized() or dist.get_rank() == 0:
         record = {
@@ -163,7 +175,9 @@ class _Loop:
         windows: torch.Tensor,
         held_out: torch.Tensor,
         run: str,
+        store: LogitStore | None,
     ) -> None:
+        self._store = store
         self.child, self.teacher = child.requires_grad_(True), teacher
         self._config, self._training = config, config.training
         self._windows, self._held_out = windows, held_out
@@ -197,7 +211,7 @@ class _Loop:
             progress(f"going on from step {self._guard.step} of {steps}")
         while self._guard.step < steps:
             for numbers in self._data.follow(self._data.batches):
-                loss = self._step(self._windows[numbers], steps)
+                loss = self._step(numbers, steps)
                 self._guard.end_step()
                 done = self._guard.step
                 progress(f"step {done} of {steps}: loss {loss:.4f}")
@@ -212,9 +226,29 @@ class _Loop:
         after = curve[-1][1] if len(curve) > 1 else measure(self.child, self.teacher, self._held_out)
         return Distilled(steps=steps, tokens=steps * tokens_a_step, before=self.before, after=after, curve=tuple(curve))
 
-    def _step(self, ids: torch.Tensor, steps: int) -> float:
+    def _step(self, numbers: list[int], steps: int) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._training, self._guard.step, steps)
+        loss = self._loss(self._windows[numbers]) if self._store is None else self._stored_loss(numbers, self._store)
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss.item()} at step {self._guard.step + 1}; the state before it is kept. Lower lr "
+                f"(it is {self._training.lr})"
+            )
+        (loss * self._data.weight).backward()
+        self._average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.child.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.item()
+
+    def _stored_loss(self, numbers: list[int], store: LogitStore) -> torch.Tensor:
+        states = states_of(self.child, self._windows[numbers], self._positions)
+        return self._training.kl * stored_kl(
+            self.child.model.norm(states[-1]), self.child.lm_head.weight, store.rows(numbers)
+        )
+
+    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             targets = states_of(self.teacher, ids, self._positions)
             final = self.teacher.model.norm(targets[-1])
@@ -233,17 +267,7 @@ class _Loop:
             pairs = zip(states[1:], targets[1:], strict=True)
             distances = torch.stack([cosine_distance(one, other).mean() for one, other in pairs])
             loss = loss + self._training.cosine * distances.mean()
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss.item()} at step {self._guard.step + 1}; the state before it is kept. Lower lr "
-                f"(it is {self._training.lr})"
-            )
-        (loss * self._data.weight).backward()
-        self._average_gradients()
-        torch.nn.utils.clip_grad_norm_(self.child.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return loss.item()
+        return loss
 
     def _average_gradients(self) -> None:
         if not dist.is_initialized() or dist.get_world_size() == 1:

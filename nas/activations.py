@@ -53,6 +53,10 @@ class LayerData:
                 parts.append(file.get_tensor(f"layer.{index:03d}").float().to(teacher.device))
         self.hidden = torch.cat(parts)
         """(windows, length, hidden): what the layer adds to."""
+        count = len(self.hidden)
+        self.held = slice(count - max(count // 8, 1), count)
+        """Windows that nothing is fitted to."""
+        self.fit = slice(0, self.held.start) if count > 1 else self.held
 
     @cached_property
     def attention(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,15 +75,14 @@ class LayerData:
     def of(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.attention if part == "attention" else self.ffn
 
-    @cached_property
-    def ffn_gram(self) -> torch.Tensor:
+    def ffn_gram(self, windows: slice) -> torch.Tensor:
         """Σ a aᵀ over tokens of what goes into the down projection: (width, width) float64."""
         from .ffn_init import activations
 
         body: Any = self.layer.mlp
         gram = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
-            for part in self.ffn[0].split(CHUNK_WINDOWS):
+            for part in self.ffn[0][windows].split(CHUNK_WINDOWS):
                 seen = activations(body, part).flatten(0, 1)
                 gram = gram + (seen.T @ seen).double().cpu()
         return gram

@@ -77,7 +77,7 @@ def estimate(teacher: Teacher, space: SearchSpace, done: dict[str, int], counts:
     train, score = recipe.text.train, recipe.text.score
     widest = max((layer.ffn.width for layer in decoder.layers), default=0)
     sizes = [parameters(decoder, block) for _, _, block in blocks]
-    gram = layers * (2 * train * widest**2 + 24 * 4 * widest**3 / 3)
+    gram = layers * (2 * train * widest**2 + 9 * widest**3)  # products, an inverse and its updates in float64
     trained = 6 * recipe.library.steps * min(recipe.library.batch * recipe.text.length, train) * sum(sizes)
     one_score = 2 * score * (inner / 2 + head)
     timed = sum(workload.batch * workload.prompt for workload in recipe.costs.workloads)

@@ -13,7 +13,7 @@ import torch
 
 from .ridge import damping, regress
 
-_BLOCKS = 24
+_BLOCKS = 48
 """Steps in which all channels would be removed: each removes at most that share at once."""
 
 
@@ -35,20 +35,24 @@ def removal_order(
 
     gram: (width, width) float64. down: (hidden, width).
     """
-    kept = torch.arange(len(gram))
-    down, step = down.double().cpu(), max(-(-len(gram) // _BLOCKS), 1)
+    size, step = len(gram), max(-(-len(gram) // _BLOCKS), 1)
+    weight, inverse = down.double().cpu().clone(), _inverse(gram, ridge)
+    gone, left = torch.zeros(size, dtype=torch.bool), size
     found = {}
     for width in sorted(widths, reverse=True):
-        while len(kept) > width:
-            inner = gram[kept][:, kept]
-            weight = regress(inner, down @ gram[:, kept], ridge, down[:, kept])
-            cost = weight.square().sum(0) / _inverse(inner, ridge).diagonal()
-            leave = min(step, len(kept) - width)
-            going = torch.argsort(cost, stable=True)[:leave]
-            stays = torch.ones(len(kept), dtype=torch.bool)
-            stays[going] = False
-            kept = kept[stays]
-        found[width] = kept
+        while left > width:
+            cost = weight.square().sum(0) / inverse.diagonal()
+            cost[gone] = float("inf")
+            going = torch.argsort(cost, stable=True)[: min(step, left - width)]
+            # The others make up for those that go, and the inverse of their own H follows from the one of all; what
+            # is left of the rows and columns that went is nothing.
+            rows, columns = inverse[going], weight[:, going]
+            share = torch.linalg.solve(rows[:, going], rows)
+            weight.addmm_(columns, share, alpha=-1)
+            inverse.addmm_(rows.T, share, alpha=-1)
+            gone[going] = True
+            left -= len(going)
+        found[width] = torch.arange(size)[~gone]
     return found
 
 
@@ -64,6 +68,15 @@ def narrowed(
         "mlp.up_proj.weight": weights["mlp.up_proj.weight"][kept],
         "mlp.down_proj.weight": refitted.float(),
     }
+
+
+def narrowing_error(
+    weights: dict[str, torch.Tensor], narrow: dict[str, torch.Tensor], gram: torch.Tensor, kept: torch.Tensor
+) -> float:
+    """‖W_d a - W'_d a_kept‖² over the tokens of a Gram matrix."""
+    off = weights["mlp.down_proj.weight"].double().cpu().clone()
+    off[:, kept] -= narrow["mlp.down_proj.weight"].double().cpu()
+    return ((off @ gram) * off).sum().item()
 
 
 def _inverse(gram: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -3,7 +3,8 @@
 
 A variant gets the teacher's own input and learns the teacher's own output of that subblock (teacher-forced, decoupled;
 Puzzle 2411.19146): no gradient crosses a layer, so layers and variants are independent jobs. The loss is the normalized
-MSE. The last eighth of the windows is held out; what training does not improve there stays as the closed form made it.
+MSE. The last eighth of the windows is held out from all fitting: it chooses the ridge, and what training does not
+improve there stays as the closed form made it.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from ..export.architecture import FFN, Attention
 from .activations import CHUNK_WINDOWS, LayerData
 from .attention_init import captured, head_scores, pooled, pruned
 from .blocks import PARTS, Module, Part, fill, make
-from .ffn_init import narrowed, removal_order
+from .ffn_init import narrowed, narrowing_error, removal_order
 from .jobs import Job, Result, Store
 from .ridge import Grams
 from .space import Block, LayerSpace, SearchSpace, name_of
@@ -62,6 +63,7 @@ class LibraryMaker:
         self._teacher, self._space, self._store, self._activations = teacher, space, store, activation_jobs
         self._data: LayerData | None = None
         self._kept: dict[int, torch.Tensor] = {}
+        self._grams: dict[str, torch.Tensor] = {}
 
     def compute(self, layer: int, part: Part, block: Block) -> Result:
         """The variant's weights by their names within a layer, in the teacher's type; its losses as facts."""
@@ -71,13 +73,12 @@ class LibraryMaker:
         # copies: what is trained in place must not be the teacher's own
         begin = {name: tensor.clone() for name, tensor in self._start(data, block).items()}
         module = fill(make(self._teacher.source.decoder, block), begin).moved(self._teacher.device)
-        check = max(len(data.hidden) // 8, 1)
-        start = self._loss(data, part, module, check)
+        start = self._loss(data, part, module)
         loss = start
         if self._teacher.recipe.library.steps and start > 0:
             before = {name: tensor.clone() for name, tensor in module.weights().items()}
-            self._train(data, part, module, check)
-            loss = self._loss(data, part, module, check)
+            self._train(data, part, module)
+            loss = self._loss(data, part, module)
             if not loss < start:
                 module, loss = fill(module, before), start
         weights = {name: tensor.to(self._teacher.dtype) for name, tensor in module.weights().items()}
@@ -90,7 +91,7 @@ class LibraryMaker:
         if self._data is None or self._data.index != index:
             self._data = None  # before the next is read: two layers' activations need not be held
             self._data = LayerData(self._teacher, self._store, self._activations, index)
-            self._kept = {}
+            self._kept, self._grams = {}, {}
         return self._data
 
     def _start(self, data: LayerData, block: Block) -> dict[str, torch.Tensor]:
@@ -99,30 +100,45 @@ class LibraryMaker:
             return self._linear(data, block, weights)
         if isinstance(block, Attention):
             return self._fewer_heads(data, block, weights)
-        ridge = self._teacher.recipe.library.ridge
+        return self._narrower(data, block, weights)
+
+    def _narrower(self, data: LayerData, block: FFN, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        ridges = self._teacher.recipe.library.ridge
         if not self._kept:
             widths = [ffn.width for ffn in self._space.layers[data.index].ffn[1:] if ffn.kind == "dense"]
-            self._kept = removal_order(data.ffn_gram, weights["mlp.down_proj.weight"], widths, ridge)
-        return narrowed(weights, data.ffn_gram, self._kept[block.width], ridge)
+            self._grams = {"fit": data.ffn_gram(data.fit), "held": data.ffn_gram(data.held)}
+            middle = sorted(ridges)[len(ridges) // 2]
+            self._kept = removal_order(self._grams["fit"], weights["mlp.down_proj.weight"], widths, middle)
+        kept = self._kept[block.width]
+        candidates = [narrowed(weights, self._grams["fit"], kept, ridge) for ridge in ridges]
+        return min(candidates, key=lambda found: narrowing_error(weights, found, self._grams["held"], kept))
 
     def _linear(self, data: LayerData, block: Block, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        grams, (inputs, targets) = Grams(), data.of("attention" if isinstance(block, Attention) else "ffn")
-        grams.add(inputs, targets)
-        matrix = grams.solve(self._teacher.recipe.library.ridge).float()
+        inputs, targets = data.of("attention" if isinstance(block, Attention) else "ffn")
+        fit, held = Grams(), Grams()
+        fit.add(inputs[data.fit], targets[data.fit])
+        held.add(inputs[data.held], targets[data.held])
+        matrix = self._best_ridge(fit, held)[1].float()
         if isinstance(block, FFN):
             norm = "post_attention_layernorm.weight"
             return {norm: weights[norm], "mlp.linear_mlp.weight": matrix}
         norm = "input_layernorm.weight"
         return {norm: weights[norm], "self_attn.linear_attn.weight": matrix}
 
+    def _best_ridge(self, fit: Grams, held: Grams, prior: torch.Tensor | None = None) -> tuple[float, torch.Tensor]:
+        """(error on the held-out windows, matrix)."""
+        found = [fit.solve(ridge, prior) for ridge in self._teacher.recipe.library.ridge]
+        return min(((held.error(matrix), matrix) for matrix in found), key=lambda one: one[0])
+
     def _fewer_heads(
         self, data: LayerData, block: Attention, weights: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         decoder = self._teacher.source.decoder
         before = decoder.layers[data.index].attention.kv_heads
-        inputs, _ = data.attention
-        values, _ = captured(data.layer.self_attn, inputs[:CHUNK_WINDOWS], position_embeddings=data.positions)
-        scores = head_scores(values.flatten(0, 1), data.layer.self_attn.o_proj.weight, before).cpu()
+        inputs = data.attention[0][data.fit]
+        with torch.no_grad():
+            values, _ = captured(data.layer.self_attn, inputs[:CHUNK_WINDOWS], position_embeddings=data.positions)
+            scores = head_scores(values.flatten(0, 1), data.layer.self_attn.o_proj.weight, before).cpu()
         candidates = [
             pruned(weights, scores, heads=decoder.heads, head_dim=decoder.head_dim, kv_heads=block.kv_heads),
             pooled(weights, before=before, kv_heads=block.kv_heads),
@@ -134,30 +150,36 @@ class LibraryMaker:
         self, data: LayerData, block: Attention, weights: dict[str, torch.Tensor]
     ) -> tuple[float, dict[str, torch.Tensor]]:
         """(error, weights) with the output projection that is best for these heads."""
-        module, grams = fill(make(self._teacher.source.decoder, block), weights).moved(self._teacher.device), Grams()
+        begin = {name: tensor.clone() for name, tensor in weights.items()}
+        module = fill(make(self._teacher.source.decoder, block), begin).moved(self._teacher.device)
         inputs, targets = data.attention
-        with torch.no_grad():
-            for part, target in zip(inputs.split(CHUNK_WINDOWS), targets.split(CHUNK_WINDOWS), strict=True):
-                values, _ = captured(module.body, part, position_embeddings=data.positions)
-                grams.add(values, target)
-        output = grams.solve(self._teacher.recipe.library.ridge, weights["self_attn.o_proj.weight"])
-        return grams.error(output), {**weights, "self_attn.o_proj.weight": output.float()}
+        sums = []
+        for windows in (data.fit, data.held):
+            grams = Grams()
+            with torch.no_grad():
+                both = zip(inputs[windows].split(CHUNK_WINDOWS), targets[windows].split(CHUNK_WINDOWS), strict=True)
+                for part, target in both:
+                    values, _ = captured(module.body, part, position_embeddings=data.positions)
+                    grams.add(values, target)
+            sums.append(grams)
+        error, output = self._best_ridge(*sums, weights["self_attn.o_proj.weight"])
+        return error, {**weights, "self_attn.o_proj.weight": output.float()}
 
-    def _loss(self, data: LayerData, part: Part, module: Module, check: int) -> float:
+    def _loss(self, data: LayerData, part: Part, module: Module) -> float:
         """On the held-out windows."""
         inputs, targets = data.of(part)
         with torch.no_grad():
-            return normalized_mse(self._answer(data, part, module, inputs[-check:]), targets[-check:]).item()
+            return normalized_mse(self._answer(data, part, module, inputs[data.held]), targets[data.held]).item()
 
     def _answer(self, data: LayerData, part: Part, module: Module, inputs: torch.Tensor) -> torch.Tensor:
         if part == "ffn":
             return module.body(inputs)
         return module.body(hidden_states=inputs, attention_mask=None, position_embeddings=data.positions)[0]
 
-    def _train(self, data: LayerData, part: Part, module: Module, check: int) -> None:
+    def _train(self, data: LayerData, part: Part, module: Module) -> None:
         settings = self._teacher.recipe.library
-        inputs, targets = data.of(part)
-        usable = max(len(inputs) - check, 1)
+        inputs, targets = (whole[data.fit] for whole in data.of(part))
+        usable = len(inputs)
         body: Any = module.body
         body.requires_grad_(True)
         optimizer = torch.optim.AdamW(body.parameters(), lr=settings.lr, weight_decay=0.0, foreach=False)

@@ -53,8 +53,8 @@ class Space:
 class Library:
     """How variants are made: a closed form, then block-local distillation."""
 
-    ridge: float = 1e-4
-    """Of the closed form, as a share of the mean square of its inputs."""
+    ridge: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """Of the closed form, as shares of the mean square of its inputs; the best on held-out windows is taken."""
     steps: int = 0
     """Of block-local distillation for each variant; 0: the closed form alone."""
     batch: int = 8
@@ -160,6 +160,8 @@ def read_recipe(path: Path, settings: Sequence[str] = (), *, toy: bool = False) 
     recipe = _read(Recipe, raw, "", problems)
     if recipe is not None and not problems:
         problems += check(recipe)
+    elif isinstance(raw.get("budget"), dict):
+        problems += _budget_beside(raw)
     if problems or recipe is None:
         raise RecipeError(f"{path}: " + "\n  ".join(["the recipe cannot be:", *problems]))
     return recipe
@@ -183,6 +185,8 @@ def check(recipe: Recipe) -> list[str]:
             problems.append(f"the workload {workload.name!r} needs a batch and a prompt of at least 1")
     if recipe.score.objective not in ("kl", "lm", "cosine"):
         problems.append(f"score.objective is {recipe.score.objective!r}, none of kl, lm, cosine")
+    if not recipe.library.ridge or min(recipe.library.ridge) <= 0:
+        problems.append("library.ridge needs at least one number, and positive ones")
     if not recipe.text.sources:
         problems.append("text.sources is empty")
     for table, key in (("text", "train"), ("text", "score"), ("text", "test")):
@@ -193,6 +197,16 @@ def check(recipe: Recipe) -> list[str]:
     from .budget import budget_problems
 
     return problems + budget_problems(recipe.budget, names) + recipe.distill.problems("distill")
+
+
+def _budget_beside(raw: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the budget of a recipe that cannot be read otherwise."""
+    from .budget import budget_problems
+
+    costs = raw.get("costs")
+    tables = costs.get("workloads") if isinstance(costs, dict) else None
+    named = [table["name"] for table in tables or () if isinstance(table, dict) and isinstance(table.get("name"), str)]
+    return budget_problems(_flat(raw["budget"]), named or [workload.name for workload in Costs().workloads])
 
 
 _LEAST = (

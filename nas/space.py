@@ -3,7 +3,7 @@
 
 The engine table of `export` decides: a layer that one of the recipe's engines refuses, or that no configuration has
 words for, is left out with the reason. What an engine takes only as weights of zeros stays in, since it computes the
-same; its costs are then those of the layer that is written.
+same; the zeros are not counted in its costs.
 """
 
 from collections.abc import Iterator

@@ -122,6 +122,20 @@ class _Stop:
             raise _Stopped
 
 
+def test_a_child_learns_from_stored_logits_which_are_asked_for_once(models: tuple[Path, Path], tmp_path: Path) -> None:
+    training = replace(TRAINING, cosine=0.0)
+    said: list[str] = []
+    for name in ("one", "two"):
+        settings = replace(config(models, tmp_path / name, training), logits=tmp_path / "logits", stored=32)
+        found = distill(settings, said.append)
+        assert found.after.kl < 0.9 * found.before.kl
+    assert sum(line.startswith("teacher's logits") for line in said) == 2  # shards, not runs
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    with pytest.raises(DistillUsageError, match="hold no hidden states"):
+        replace(config(models, tmp_path / "three"), logits=tmp_path / "logits")
+
+
 def test_a_child_of_another_teacher_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     other = write_model(tmp_path / "other", decoder(layers=2))
     with pytest.raises(DistillUsageError, match=r"is no child of .*: 3 and 2 layers"):

@@ -49,7 +49,7 @@ def test_a_recipe_is_read_and_settings_go_over_it(tmp_path: Path) -> None:
 def test_every_mistake_is_told_at_once_with_the_nearest_name(tmp_path: Path) -> None:
     text = GOOD.replace("sources", "source") + '[solver]\npool = "many"\n[library]\nstep = 3\n'
     with pytest.raises(RecipeError) as caught:
-        read_recipe(write(tmp_path, text), ["nonsense", "score.probe=1"])
+        read_recipe(write(tmp_path, text), ["nonsense", "score.probe=1", "budget.latncy.chat=80%"])
     told = str(caught.value)
     for words in (
         "unknown key text.source; did you mean 'sources'?",
@@ -57,6 +57,7 @@ def test_every_mistake_is_told_at_once_with_the_nearest_name(tmp_path: Path) -> 
         "unknown key library.step; did you mean 'steps'?",
         "'nonsense' is not of the form a.b=value",
         "unknown key score.probe; did you mean 'probes'?",
+        "budget.latncy.chat is none of parameters, memory, latency, first_token, throughput, did you mean 'latency'?",
     ):
         assert words in told
 

@@ -181,7 +181,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(model: Path, found: Found,
     typed = command(model, out, tmp_path)
     whole = library_bytes(Path(found.teacher.recipe.out))
     kills = 0
-    while kills < 4:
+    while kills < 3:
         done = len(library_bytes(out))
         target = done + draw.randint(1, 12)
         process = subprocess.Popen(typed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -192,7 +192,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(model: Path, found: Found,
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-    assert kills >= 3
+    assert kills >= 2
     ended = subprocess.run(typed, capture_output=True, text=True, check=True)
     assert library_bytes(out) == whole
     told = json.loads(ended.stdout)
@@ -257,7 +257,7 @@ def test_another_recipe_reuses_what_fits_and_nothing_else(found: Found) -> None:
     own = found.teacher.recipe
     counted = {stage.name: stage.done for stage in plan_search(replace(own, budget={"parameters": "60%"})).stages}
     assert counted["library"] == len(found.library)
-    library = replace(own.library, ridge=1e-2)
+    library = replace(own.library, ridge=(1e-2,))
     counted = {stage.name: stage.done for stage in plan_search(replace(own, library=library)).stages}
     assert counted["library"] == 0 and counted["activations"] > 0
 
@@ -307,6 +307,24 @@ def test_weights_keep_the_teachers_type(found: Found) -> None:
     weights = weights_of(own, child, Store(Path(own.recipe.out) / "store"))
     assert weights.keys() == child.tensors().keys()
     assert {tensor.dtype for tensor in weights.values()} == {own.dtype}
+
+
+def test_other_objectives_and_all_kinds_of_limits_at_once(found: Found) -> None:
+    """The library and the scores are those of the first search; only the programme is another."""
+    own = found.teacher.recipe
+    budget = {"parameters": "85%", "memory": "90%", "latency": "300%", "first_token": "300%", "throughput": "10%"}
+    wanted = replace(
+        own, budget=budget, score=replace(own.score, objective="lm"), distill=Training(tokens=0, length=32)
+    )
+    done = run_search(wanted, quiet)
+    assert done is not None
+    totals = done.children[0].totals
+    for limit in done.programme.budgets:
+        assert totals[limit.name] <= limit.allowed * (1 + 1e-9)
+    # the LM loss counts from the teacher's own
+    teachers = Scorer(done.teacher, done.teacher.score).quality({}).lm
+    quality = measure(load(open_blocks(done.children[0].path)), done.teacher.model, done.teacher.score)
+    assert done.children[0].measured["lm"] == pytest.approx(quality.lm - teachers, abs=1e-5)
 
 
 def test_the_recipe_that_was_used_is_kept(found: Found) -> None:
