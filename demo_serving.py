@@ -47,7 +47,6 @@ class Served:
         self._config = config
         self._folder = config.out.absolute() / "model"
         self._told = ""
-        self._like = Path()
         self.found: list[Continuation] = []
 
     @property
@@ -63,11 +62,13 @@ class Served:
         """
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        self._like = model_directory(tiny=self._config.tiny)
+        like = model_directory(tiny=self._config.tiny)
         _wait_for_commit(job, self._config.target_steps)
-        with open_trained(job, self._like) as trained:
-            write_directory(trained, self._like, self._folder)
+        with open_trained(job, like) as trained:
+            write_directory(trained, like, self._folder)
             self._told = trained.told
+        if self._config.tiny:
+            _write_byte_tokenizer(self._folder / "tokenizer.json")
 
     def run(self, progress: Callable[[str], None]) -> None:
         """Export what was taken for the engines that are here, and let each continue the prompt.
@@ -75,6 +76,8 @@ class Served:
         Raises:
             ExportError: if the export fails or an engine does not run it.
         """
+        from tokenizers import Tokenizer
+
         decoder = read_decoder(self._folder)
         engines = tuple(name for name in ENGINES if engine_python(name) and not _refused(decoder, name))
         out = self._config.out.absolute() / "export"
@@ -84,11 +87,11 @@ class Served:
             out=out,
             verify=False,
             overwrite=True,
-            tokenizer=not self._config.tiny,
             origin=self._told,
         )
         parts = {name: done.part for done in export_model(config, progress) for name in done.part.engines}
-        prompts = Prompts(ids=(tuple(self._encode(PROMPT)),), text=())
+        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        prompts = Prompts(ids=(tuple(tokenizer.encode(PROMPT, add_special_tokens=False).ids),), text=())
         reference: dict[str, Any] = {}
         for name in engines:
             progress(f"{ENGINES[name].title} continues a prompt")
@@ -96,7 +99,7 @@ class Served:
             (found,) = answer["models"]
             reference = reference or found
             figures = compare(name, answer["version"], reference, found, TOLERANCES["f32"])
-            self.found.append(Continuation(figures=figures, text=self._decode(found["tokens"][0])))
+            self.found.append(Continuation(figures=figures, text=tokenizer.decode(found["tokens"][0])))
 
     def to_json(self) -> dict[str, Any]:
         """What `refound demo --json` prints of it."""
@@ -125,19 +128,19 @@ class Served:
             lines.append(f'  more engines: make engines ENGINES="{" ".join(absent)}"')
         return "\n".join(lines)
 
-    def _encode(self, text: str) -> list[int]:
-        if self._config.tiny:
-            return list(text.encode())  # its tokens are bytes
-        from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(self._like / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+def _write_byte_tokenizer(file: Path) -> None:
+    """Of the tiny model, whose tokens are bytes: engines serve none without a tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    def _decode(self, ids: list[int]) -> str:
-        if self._config.tiny:
-            return bytes(ids).decode(errors="replace")
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(self._like / "tokenizer.json")).decode(ids)
+    # GPT-2's letter for each byte: its own where that can be printed, and the next one from 256 on where it cannot
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    letters = [chr(byte) if byte in printed else chr(next(others)) for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(file))
 
 
 def _refused(decoder: Any, engine: str) -> bool:

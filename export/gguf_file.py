@@ -319,7 +319,9 @@ def write_tokenizer(writer: Any, decoder: Decoder, directory: Path | None) -> No
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     merges = found["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    # llama.cpp wants at least one. Where there is none, it is of two bytes 0, which text does not have.
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    writer.add_token_merges(pairs or ["\u0100 \u0100"])
     for name, add in (("bos_token_id", writer.add_bos_token_id), ("eos_token_id", writer.add_eos_token_id)):
         token = decoder.tokens.get(name)
         if token is not None:

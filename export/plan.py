@@ -11,7 +11,7 @@ from .compressed import BITS, Rounding, is_rounded, rounding_of
 from .configs import uniform_obstacles
 from .directory import ModelDirectory
 from .engines import ENGINES, Layout
-from .errors import EngineFitError, ExportUsageError
+from .errors import EngineFitError, ExportUsageError, ModelDirectoryError
 from .fit import Finding, adapt, check_fit
 from .gguf_file import FILE_TYPES, file_entries
 from .relayout import Relayout, relayout
@@ -109,6 +109,7 @@ def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
 
     Raises:
         EngineFitError: if an engine or `config.family` cannot represent the model, with a line for each obstacle.
+        ModelDirectoryError: if there is no tokenizer and an engine serves nothing without.
         ExportUsageError: if the weights' format is not for a layout.
     """
     moved = relayout(source.decoder, config.family) if config.family not in ("", source.decoder.family) else None
@@ -119,6 +120,11 @@ def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
     layouts: tuple[Layout, ...] = ("huggingface", "gguf")
     for layout in layouts:
         engines = tuple(name for name in config.engines if ENGINES[name].layout == layout)
+        if engines and layout == "gguf" and not any(file.name.startswith("tokenizer") for file in source.companions):
+            raise ModelDirectoryError(
+                f"{source.path} has no tokenizer, and llama.cpp ends itself on a model without a vocabulary. Copy the "
+                "tokenizer's files there, or leave llama.cpp out"
+            )
         if engines:
             adapted = adapt(decoder, engines)
             refuse([finding for name in engines for finding in check_fit(adapted, name)])

@@ -3,6 +3,7 @@
 
 from .engines import ENGINES, EXTRAS, FEATURES, Rule
 from .families import FAMILIES
+from .install import RECIPES
 
 _MARKS = {"test": "●", "hand": "◐", "source": "○"}
 
@@ -38,6 +39,8 @@ def to_markdown() -> str:
         titles = {**FEATURES, **EXTRAS}
         reasons = [f"- {titles[key]}: {rule.why}" for key, rule in rules.items() if rule.support != "yes"]
         lines += ["", f"## {engine.title}", "", f"`{engine.serve.format(path='PATH')}`", ""]
+        if recipe := RECIPES.get(name):
+            lines += [f"For the proof: `make engines ENGINES={name}` ({recipe.cost}).", ""]
         lines += reasons or ["Takes all of the above."]
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 

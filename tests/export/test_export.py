@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from refound.demo.model import model_directory
 from refound.export import atomic, install, proof, run
 from refound.export.directory import open_directory
 from refound.export.engines import ENGINES
-from refound.export.errors import OutputExistsError, OutputSpaceError, ProofError
+from refound.export.errors import ModelDirectoryError, OutputExistsError, OutputSpaceError, ProofError
 from refound.export.plan import ExportConfig, make_plan
 from safetensors.torch import load_file
 
@@ -304,6 +305,14 @@ def test_what_cannot_be_done_is_said_first(
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert names(tmp_path) == {"model"}
+
+
+def test_llama_cpp_serves_nothing_without_a_vocabulary(tmp_path: Path) -> None:
+    source = open_directory(write_model(tmp_path / "model", decoder(layers=1), tokenizer=False), tokenizer=False)
+    config = ExportConfig(model=source.path, engines=("transformers",), out=tmp_path / "out", tokenizer=False)
+    assert make_plan(config, source).parts
+    with pytest.raises(ModelDirectoryError, match=r"leave llama\.cpp out"):
+        make_plan(replace(config, engines=("transformers", "llama.cpp")), source)
 
 
 def test_a_damaged_model_is_exit_code_3(tmp_path: Path, model: Path) -> None:
