@@ -69,6 +69,7 @@ def test_a_distillation_on_two_ranks_survives_a_killed_one(tmp_path: Path) -> No
         if "step 8 of 20" in line and not killed:
             os.kill(workers(process.pid)[0], signal.SIGKILL)
             killed = True
+    process.stderr.close()
     assert process.wait() == 0 and killed, "".join(said[-40:])
     assert any("going on from step" in line for line in said)
     one, two = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
