@@ -8,7 +8,6 @@ batch. Killed, it goes on where it was: see `resume`. The result is a model dire
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,14 +78,15 @@ def run_distillation(config: DistillConfig, progress: Progress) -> Distilled | N
     first = dist.get_rank() == 0
     try:
         outcome = distill(config, progress if first else lambda _: None)
-        dist.barrier()
         return outcome if first else None
     finally:
         dist.destroy_process_group()
 
 
-def distill(config: DistillConfig, progress: Progress) -> Distilled:
+def distill(config: DistillConfig, progress: Progress, *, alone: bool = False) -> Distilled:
     """Distil `config.child` and write the result to `config.out`; what is there already of the same run is returned.
+
+    alone: on this process only, with its state on disk, whatever torchrun says.
 
     Raises:
         ExportError, DistillError: for a model, a text or a state that cannot be used; DivergedError if the loss is no
@@ -116,7 +116,7 @@ def distill(config: DistillConfig, progress: Progress) -> Distilled:
             store.fill(model, progress)
         if dist.is_initialized():
             dist.barrier()
-    loop = _Loop(config, load(child), model, windows, held_out, run, store)
+    loop = _Loop(config, load(child), model, windows, held_out, run, store, alone=alone)
     outcome = loop.run(steps, progress)
     if not dist.is_initialized() or dist.get_rank() == 0:
         record = {
@@ -128,7 +128,9 @@ def distill(config: DistillConfig, progress: Progress) -> Distilled:
         dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
         weights = {name: tensor.to(dtype) for name, tensor in weights_of(loop.child, child.decoder).items()}
         save_model(config.out, child.decoder, weights, companions_of=child, record=record, overwrite=config.overwrite)
-        shutil.rmtree(state_folder(config.out), ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier()  # what a rank has not written yet may still be lost, and is restored
+    loop.close()
     return outcome
 
 
@@ -176,6 +178,8 @@ class _Loop:
         held_out: torch.Tensor,
         run: str,
         store: LogitStore | None,
+        *,
+        alone: bool,
     ) -> None:
         self._store = store
         self.child, self.teacher = child.requires_grad_(True), teacher
@@ -202,7 +206,12 @@ class _Loop:
             model=self.child,
             optimizer=self._optimizer,
             data=self._data,
+            alone=alone,
         )
+
+    def close(self) -> None:
+        """The result is written, and nothing is left to be restored."""
+        self._guard.close()
 
     def run(self, steps: int, progress: Progress) -> Distilled:
         training, curve = self._training, [(0, self.before)]
@@ -222,7 +231,6 @@ class _Loop:
                     progress(f"after {done * tokens_a_step:,} tokens: {curve[-1][1]}")
                 if done >= steps:
                     break
-        self._guard.close()
         after = curve[-1][1] if len(curve) > 1 else measure(self.child, self.teacher, self._held_out)
         return Distilled(steps=steps, tokens=steps * tokens_a_step, before=self.before, after=after, curve=tuple(curve))
 

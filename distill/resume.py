@@ -8,6 +8,7 @@ file: the whole state every few steps, renamed into place, and back from it bit 
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ def state_folder(out: Path) -> Path:
 
 
 class Guard(Protocol):
-    """What a training loop needs: the step it is at, and a word at the end of each."""
+    """What a training loop needs: the step it is at, a word at the end of each, and one when all is done."""
 
     step: int
 
@@ -42,13 +43,15 @@ def guard(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     data: Any,
+    alone: bool = False,
 ) -> Guard:
     """Protect model, optimizer and position in the data, and bring back what a killed run had reached.
 
     run: says which run it is, for `DiskGuard`; a state of another one is refused.
     every: steps between two states on disk.
+    alone: on disk, though torchrun may be there.
     """
-    if Place.from_environment() is not None:
+    if Place.from_environment() is not None and not alone:
         from ..ckpt.protection import protect
 
         return protect(model=model, optimizer=optimizer, data=data)
@@ -81,7 +84,8 @@ class DiskGuard:
             self.save()
 
     def close(self) -> None:
-        self.save()
+        """The result is written: the state goes."""
+        shutil.rmtree(self._file.parent, ignore_errors=True)
 
     def save(self) -> None:
         """Raises CacheWriteError if the disk is full or cannot be written; the state before stays."""

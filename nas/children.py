@@ -100,7 +100,8 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """By workload. predicted, base: of the child and of the teacher, by the cost table."""
     widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
-    model = build(child, widened, dtype=torch.float32).to(teacher.device)
+    model: Any = build(child, widened, dtype=torch.float32)
+    model.to(teacher.device)
     costs = teacher.recipe.costs
     found = {}
     with threads(costs.threads):

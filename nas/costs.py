@@ -136,7 +136,8 @@ class CostMeter:
             base = base_layer(self._teacher)
             decoder = replace(self._teacher, layers=(base,) * len(self._teacher.layers))
             weights = {name: _noise(spec.shape) for name, spec in decoder.tensors().items()}
-            self._base = build(decoder, weights, dtype=torch.float32).to(self._device)
+            self._base = build(decoder, weights, dtype=torch.float32)
+            self._base.to(self._device)
         return self._base
 
     def _random(self, block: Block, layer: int) -> Module:

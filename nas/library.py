@@ -162,7 +162,8 @@ class LibraryMaker:
                     values, _ = captured(module.body, part, position_embeddings=data.positions)
                     grams.add(values, target)
             sums.append(grams)
-        error, output = self._best_ridge(*sums, weights["self_attn.o_proj.weight"])
+        fit, held = sums
+        error, output = self._best_ridge(fit, held, weights["self_attn.o_proj.weight"])
         return error, {**weights, "self_attn.o_proj.weight": output.float()}
 
     def _loss(self, data: LayerData, part: Part, module: Module) -> float:

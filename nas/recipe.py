@@ -252,7 +252,7 @@ def _put(raw: dict[str, Any], path: list[str], value: Any, problems: list[str]) 
     table[path[-1]] = value
 
 
-def _read(kind: type, raw: Any, where: str, problems: list[str]) -> Any:
+def _read(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
     """A dataclass out of a table. None if something is wrong, which `problems` then names."""
     if not isinstance(raw, dict):
         problems.append(f"{where or 'the recipe'} must be a table, not {raw!r}")
@@ -279,7 +279,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return _convert(inner[0], value, where, problems)
-    if is_dataclass(hint) and isinstance(hint, type):
+    if is_dataclass(hint):
         return _read(hint, value, where, problems)
     if origin is tuple:
         if not isinstance(value, list):

@@ -126,8 +126,9 @@ def to_text(found: Found) -> str:
     quantities = {budget.name: budget.limit.quantity for budget in found.programme.budgets}
     for budget in told["budget"]:
         quantity = quantities[budget["name"]]
-        amounts = (amount_text(quantity, budget[key]) for key in ("teacher", "allowed", "used"))
-        rows.append((budget["name"], *amounts, "yes" if budget["binds"] else "no", f"{budget['one_percent']:.4f}"))
+        teacher, allowed, used = (amount_text(quantity, budget[key]) for key in ("teacher", "allowed", "used"))
+        binds = "yes" if budget["binds"] else "no"
+        rows.append((budget["name"], teacher, allowed, used, binds, f"{budget['one_percent']:.4f}"))
     lines = [*columns(rows), ""]
     for child in told["children"]:
         lines += _child_lines(child)

@@ -189,7 +189,13 @@ def run_search(recipe: Recipe, progress: Progress) -> Found | None:
             _keep(recipe)
             search.store.sweep()
         ranks.wait()
-        return _run(search)
+        found = _run(search)
+    if found is not None and recipe.distill.tokens:
+        # The other ranks have gone, and their process group with them.
+        with only_search(Path(recipe.out)):
+            first = found.children[0]
+            found.children[0] = replace(first, distilled=_distil(search, first.path))
+    return found
 
 
 def _run(search: Search) -> Found | None:
@@ -250,8 +256,6 @@ def _write_children(search: Search, found: Found) -> None:
             speed=speed,
             totals=programme.totals(solution.choice),
         )
-        if number == 1 and recipe.distill.tokens:
-            child = replace(child, distilled=_distil(search, path))
         found.children.append(child)
 
 
@@ -271,7 +275,7 @@ def _distil(search: Search, child: Path) -> dict[str, Any]:
         overwrite=True,
     )
     search.progress(f"distilling {child}")
-    outcome = distill(config, search.progress)
+    outcome = distill(config, search.progress, alone=True)
     return {"path": str(config.out), **outcome.to_json()}
 
 

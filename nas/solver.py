@@ -258,15 +258,16 @@ def run_milp(
     seconds: float,
     gap: float,
 ) -> Any:
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy import optimize
 
+    tools: Any = optimize  # its stubs know single numbers only, where arrays are documented
     upper = np.where(integral > 0, 1.0, np.inf)
     with _stdout_spared():
-        return milp(
+        return tools.milp(
             objective,
             integrality=integral,
-            bounds=Bounds(np.zeros(len(objective)), upper),
-            constraints=LinearConstraint(matrix, low, high),
+            bounds=tools.Bounds(np.zeros(len(objective)), upper),
+            constraints=tools.LinearConstraint(matrix, low, high),
             options={"time_limit": seconds, "mip_rel_gap": gap},
         )
 

@@ -42,7 +42,8 @@ class Teacher:
     @cached_property
     def model(self) -> Any:
         """In float32, on this device."""
-        return load(self.source).to(self.device)
+        model: Any = load(self.source)
+        return model.to(self.device)
 
     @cached_property
     def device(self) -> torch.device:
