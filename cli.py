@@ -131,28 +131,32 @@ def _check_faults(context: click.Context, parameter: click.Parameter, faults: tu
 def demo(tiny: bool, faults: tuple[str, ...], out: Path, steps: int | None, seed: int, as_json: bool) -> None:
     """Train a real model twice, once through faults, and compare the bits.
 
+    Then the trained model is read out of the job's memory, exported, and continued by every engine that is installed.
+
     \b
     Examples:
       refound demo                                            SmolLM2-135M over 3 nodes, about 5 minutes
       refound demo --tiny                                     a small model, under a minute
       refound demo --tiny --fault 'node=1 step=7 kill'        lose node 1 at step 7
 
-    Exit code 3 if weights, optimizer state or any loss differ between the two runs.
+    Exit code 3 if weights, optimizer state or any loss differ between the two runs, or an engine says something else.
     """
     from .ckpt.faults import FaultRangeError
     from .demo.errors import DemoError
     from .demo.run import DemoConfig, run_demo
+    from .demo_serving import Served
 
     config = DemoConfig(tiny=tiny, faults=faults, out=out, json=as_json, seed=seed, steps=steps)
+    served = Served(config)
     try:
-        result = run_demo(config)
+        result = run_demo(config, served.take)
     except FaultRangeError as error:
         raise click.BadParameter(str(error), param_hint="'--fault'") from error
     except DemoError as error:
         raise click.ClickException(str(error)) from error
-    if as_json:
-        click.echo(json.dumps(result.to_json()))
-    if not result.bit_identical:
+    served.run(lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(result.to_json() | {"served": served.to_json()}) if as_json else served.to_text())
+    if not (result.bit_identical and served.alike):
         sys.exit(DAMAGE)
 
 

@@ -5,7 +5,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,12 +28,15 @@ from .supervise import RunOutcome, Supervisor
 __all__ = ["DemoConfig", "DemoResult", "check_memory", "run_demo", "run_once", "stage"]
 
 PATIENCE = timedelta(minutes=5)
+_TAKEN = "taken"
 # Measured: a worker holds 2.1 GB (tiny: 0.5) and its node's snapshot process 1.6 GB (0.2), agents included.
 NODE_BYTES, TINY_NODE_BYTES = 4 * 10**9, 8 * 10**8
 
 
-def run_demo(config: DemoConfig) -> DemoResult:
+def run_demo(config: DemoConfig, take: Callable[[str], None] | None = None) -> DemoResult:
     """Runs the job undisturbed and then under the faults, compares both and writes `config.out/report.html`.
+
+    take: given the name of the job that went through the faults when its last step is done, while it still runs.
 
     Progress goes to stderr, the closing table to stdout (unless `config.json`). Whatever ends it, nothing that it
     started is left running.
@@ -46,7 +49,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     progress = Progress(sys.stderr)
     with stage(config, progress):
         reference = run_once(config, "reference", (), progress)
-        faulted = run_once(config, "faulted", faults, progress)
+        faulted = run_once(config, "faulted", faults, progress, take)
         progress.close()
     result = DemoResult(
         config=config,
@@ -92,16 +95,40 @@ def check_memory(config: DemoConfig, available: int | None) -> None:
         )
 
 
-def run_once(config: DemoConfig, name: str, faults: Sequence[Fault], progress: Progress) -> RunOutcome:
-    """One run through `faults`, recorded in `config.out / name`. Raises RunFailedError if it fails or hangs."""
+def run_once(
+    config: DemoConfig,
+    name: str,
+    faults: Sequence[Fault],
+    progress: Progress,
+    take: Callable[[str], None] | None = None,
+) -> RunOutcome:
+    """One run through `faults`, recorded in `config.out / name`. Raises RunFailedError if it fails or hangs.
+
+    take: see `run_demo`.
+    """
     directory = (config.out / name).absolute()
     _clear(directory, config.nodes)
     script = ["-m", "refound.demo.train", "--device=cpu", f"--out={directory}", f"--steps={config.target_steps}"]
     script += [f"--seed={config.seed}", *(["--tiny"] if config.tiny else [])]
     job = f"demo-{name}-{os.getpid()}"
+    taken = directory / _TAKEN
+    script += [f"--until={taken}"] if take else []
+
+    def at_last_step() -> None:
+        if take:
+            progress.say(f"{name:9s}  reading the model out of the memory of {job}")
+            take(job)
+            taken.touch()
+
     with Cluster(job=job, nodes=config.nodes, script=script, logs=directory / "logs") as cluster:
         supervisor = Supervisor(
-            cluster, directory, name=name, steps=config.target_steps, faults=faults, progress=progress
+            cluster,
+            directory,
+            name=name,
+            steps=config.target_steps,
+            faults=faults,
+            progress=progress,
+            at_last_step=at_last_step,
         )
         outcome = supervisor.run(PATIENCE)
     progress.say(f"{name:9s}  {config.target_steps} steps in {outcome.seconds:.1f} s")
@@ -110,7 +137,7 @@ def run_once(config: DemoConfig, name: str, faults: Sequence[Fault], progress: P
 
 def _clear(directory: Path, nodes: int) -> None:
     # Only what a demo has written: the directory may be somebody's.
-    old = [steps_file(directory), starts_file(directory), *directory.glob("digest-rank*.json")]
+    old = [steps_file(directory), starts_file(directory), directory / _TAKEN, *directory.glob("digest-rank*.json")]
     old += [directory / "logs" / f"node{index}.log" for index in range(nodes)]
     for path in old:
         path.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 """Runs one job on a cluster to its end, lets the faults fall when their step has come, and watches that it moves."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,9 +45,19 @@ class Supervisor:
     """Watches one run. `directory` is where its workers write their records."""
 
     def __init__(
-        self, cluster: Cluster, directory: Path, *, name: str, steps: int, faults: Sequence[Fault], progress: Progress
+        self,
+        cluster: Cluster,
+        directory: Path,
+        *,
+        name: str,
+        steps: int,
+        faults: Sequence[Fault],
+        progress: Progress,
+        at_last_step: Callable[[], None] | None = None,
     ) -> None:
+        """at_last_step: called once, when the last step is complete and the job has not ended."""
         self._cluster, self._directory, self._name = cluster, directory, name
+        self._at_last_step = at_last_step
         self._target_steps, self._progress = steps, progress
         self._pending = list(faults)
         self._strikes: list[Strike] = []
@@ -75,6 +85,9 @@ class Supervisor:
             self._tell_starts()
             self._strike()
             self._show()
+            if self._at_last_step and self._steps and self._steps[-1].step >= self._target_steps:
+                at_last_step, self._at_last_step = self._at_last_step, None
+                at_last_step()
             if failed := self._cluster.failed():
                 raise self._failure(
                     ", ".join(f"node {node} ended with status {status}" for node, status in failed.items())

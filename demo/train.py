@@ -68,8 +68,16 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
     digests = training_digests(model, optimizer, scheduler, position)
     write_digests(digest_file(options.out, rank), step=job.step, rank=rank, world=world, digests=digests)
+    if rank == 0 and options.until:
+        wait_for(options.until)
     dist.barrier()
     job.close()  # the third: all is done, and the snapshots may go
+
+
+def wait_for(file: Path) -> None:
+    """Keep the job, and with it its last snapshot, until whoever wants to read that has made `file`."""
+    while not file.exists():
+        time.sleep(0.05)
 
 
 def noisy(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
@@ -97,6 +105,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="sequences a rank and step")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator, if there is one)")
+    parser.add_argument("--until", type=Path, help="end only when this file is there")
     parser.add_argument("--unprotected", action="store_true", help="without refound, for comparison")
     options = parser.parse_args(arguments)
     defaults = {"length": 64, "batch": 4, "lr": 1e-3} if options.tiny else {"length": 128, "batch": 1, "lr": 5e-5}

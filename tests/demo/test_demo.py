@@ -11,8 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from refound.demo.compare import compare_runs
+from refound.demo.model import WEIGHTS, model_directory
 from refound.demo.records import read_steps
+from refound.export.engines import ENGINES
+from refound.export.environments import engine_python
+from safetensors.torch import load_file
 
 DEMO = [sys.executable, "-m", "refound", "demo", "--tiny"]
 STEPS = 30
@@ -59,6 +64,24 @@ def test_it_ends_with_the_same_bits(demo: tuple[Path, subprocess.CompletedProces
     assert (node["fault"], node["recovered_from"]) == ("node=2 step=20 kill", "parity")
     assert told["runs"]["reference"]["left_behind"] == told["runs"]["faulted"]["left_behind"] == 0
     assert "bit-identical: yes" in (out / "report.html").read_text()
+
+
+def test_what_it_trained_is_served(demo: tuple[Path, subprocess.CompletedProcess[str]]):
+    """Out of the memory of the job that went through the faults; the engines that are here say the same."""
+    out, done = demo
+    served = json.loads(done.stdout)["served"]
+    assert served["made_of"].startswith("memory of job demo-faulted-") and "step 30" in served["made_of"]
+    assert [engine["engine"] for engine in served["engines"]] == ["transformers", *installed()]
+    assert [engine["equal_tokens"] for engine in served["engines"]] == [24] * (1 + len(installed()))
+    assert served["engines"][0]["text"]
+    trained, before = load_file(out / "model/model.safetensors"), load_file(model_directory(tiny=True) / WEIGHTS)
+    assert trained.keys() == before.keys()
+    assert not any(torch.equal(trained[name], before[name]) for name in trained)
+    assert (out / "export" / "huggingface" / "config.json").is_file()
+
+
+def installed() -> list[str]:
+    return [name for name in ENGINES if name != "transformers" and engine_python(name)]
 
 
 def test_it_shows_what_happens_on_stderr(demo: tuple[Path, subprocess.CompletedProcess[str]]):
