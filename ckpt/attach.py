@@ -37,6 +37,10 @@ class Attachment:
         self.job, self.node = job, node
         self.path = socket_path(job, node)
 
+    def at_rendezvous(self) -> None:
+        """Let the other nodes hear that this one's workers have stopped."""
+        self._client.call({"op": "rendezvous"})
+
     def inventory(self, secret: str = "") -> NodeView:
         """End the old generation on this node and learn what the node holds."""
         reply, _, _ = self._client.call({"op": "inventory"})
@@ -58,6 +62,16 @@ class Attachment:
             return bool(self._client.call({"op": "over"})[0].get("over"))
         except OSError:
             return False
+
+    @property
+    def heartbeat_s(self) -> float:
+        """How long a node may be silent."""
+        return self._conf.heartbeat_s
+
+    @property
+    def hang_s(self) -> float:
+        """How long a worker may go without a step; 0: as long as it likes."""
+        return self._conf.hang_s
 
     @property
     def lease_s(self) -> float:

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from . import fence, wire
+from . import fence, last_words, pulse, wire
 from .agreement import SnapshotId
 from .errors import ProtocolError, SnapshotError
+from .hang import Hangs
 from .held import Held, pack_record
 from .inspection import Inspection
 from .keeper import Keeper
@@ -45,9 +46,10 @@ class Door:
         stop: Callable[[], None],
         restore: Callable[[], Restore],
         finished: Callable[[SnapshotId], None],
+        hangs: Hangs,
     ) -> None:
         self._keeper, self._agent, self._stop, self._restore = keeper, agent, stop, restore
-        self._finished = finished
+        self._finished, self._hangs = finished, hangs
         self._inspection = Inspection(keeper)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         beside = path.with_suffix(".new")
@@ -113,6 +115,16 @@ class Door:
             return self.status(), b"", []
         if op in ("verify", "keep", "look"):
             return self._handle_look(caller, message)
+        if op == "step":
+            rank, generation = _count(message, "rank"), _count(message, "generation")
+            self._hangs.step(rank, generation, done=message.get("done") is True)
+            return {}, b"", []
+        if op == "failed":
+            rank, generation = _count(message, "rank"), _count(message, "generation")
+            error, lost = str(message.get("error")), message.get("lost") is True
+            return last_words.note(self._keeper, rank, generation, error, lost=lost), b"", []
+        if op == "pulse":
+            return pulse.report(self._keeper), b"", []
         if op == "stop":
             caller.stop = True
             return {}, b"", []

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from .held import Held, Record, ShardRecord
 from .slots import Segment, available_bytes, format_bytes
 from .stripes import BUCKET_BYTES
 from .tuning import Tuning
+
+if TYPE_CHECKING:
+    from .pulse import Pulse
 
 _SLOTS = 2
 _EVENTS_KEPT = 200
@@ -74,6 +77,14 @@ class Keeper:
         self.tuning = Tuning()
         self.last_commit_ms = 0.0
         self._completed_at: dict[SnapshotId, float] = {}
+        self.missing: dict[int, str] = {}
+        """Positions that heartbeats miss, and why. This and the next two are read without the lock (`pulse.py`)."""
+        self.was_left = False
+        """Other nodes have left this generation."""
+        self.at_rendezvous = False
+        self.pulse: Pulse | None = None
+        self.first_failure: int | None = None
+        """The rank of this node whose exception came first in this generation."""
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._refusals = 0
         self.sink: Callable[[dict[str, Any]], None] | None = None
@@ -89,7 +100,7 @@ class Keeper:
         with self.changed:
             self.is_open = False
             workers, self.workers = list(self.workers.values()), {}
-            for let_go in self.on_seal:
+            for let_go in list(self.on_seal):  # some take themselves off it
                 let_go()
             self.changed.notify_all()
         stuck = fence.end(workers)
@@ -131,6 +142,8 @@ class Keeper:
             self._completed_at.clear()
             self.tuning = Tuning()
             self.objections, self.skipped = {}, None
+            self.missing, self.was_left, self.at_rendezvous = {}, False, False
+            self.first_failure, self.pulse = None, None
             self.restored = {
                 "source": decision.source,
                 "step": 0,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two doors into torchrun: `--rdzv-backend=refound`, and `--logs-specs=refound` for `--standalone`.
 
-Torch imports this module in every torchrun agent, whatever backend is chosen, so it must stay light. The handler
-wraps torch's own c10d rendezvous. Around each round it seals this node's snapshot process, exchanges views with the
-other nodes, opens the next generation, and gives every node the rank its snapshot had. Workers build their own store
-every round: torchrun's shared one keeps the addresses of dead workers and breaks restarts (pytorch #135712, #167288).
+torchrun finds them through `entry.py`. The handler wraps torch's own c10d rendezvous. Around each round it seals this
+node's snapshot process, exchanges views with the other nodes, opens the next generation, and gives every node the rank
+its snapshot had. Workers build their own store every round: torchrun's shared one keeps the addresses of dead workers
+and breaks restarts (pytorch #135712, #167288).
 """
 
 import atexit
@@ -12,12 +12,19 @@ import errno
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from torch.distributed import DistStoreError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    DistNetworkError,
+    DistStoreError,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch.distributed.elastic.metrics.api import MetricHandler, configure, getStream
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import (
@@ -25,28 +32,30 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
+    RendezvousTimeoutError,
 )
 
-from .agreement import decide
+from .agreement import Decision, decide
 from .attach import Attachment, attach, exchange_views
 from .conf import parse
 from .ending import RoundStore
 from .errors import ConfigError, SnapshotError
+from .hang import HANG_ENV
+from .membership import Member, Place, exchange_members, lacking
+from .moving import MovingStore
 from .stripes import choose_groups
+from .watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.api import LogsDest
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
+T = TypeVar("T")
 BACKEND = "refound"
 SOCKET_ENV, GENERATION_ENV, JOB_ENV = "REFOUND_SOCKET", "REFOUND_GENERATION", "REFOUND_JOB"
 SECRET_ENV = "REFOUND_SECRET"
 _VIEWS_TIMEOUT = timedelta(seconds=30)
 _NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-
-
-def handler_factory() -> Callable[[RendezvousParameters], "RefoundRendezvous"]:
-    """What the entry point names: torch calls it with nothing and registers what it returns."""
-    return create_handler
 
 
 def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
@@ -73,14 +82,27 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
         **torch_conf,
     )
     backend, store = c10d_rendezvous_backend.create_backend(inner)
-    return RefoundRendezvous(dynamic_rendezvous.create_handler(store, backend, inner), attachment, address)
+    if isinstance(store, TCPStore):  # not a file's, which is where it is
+        store = MovingStore(store, params.run_id, address)
+        backend = c10d_rendezvous_backend.C10dRendezvousBackend(store, params.run_id)
+    handler = dynamic_rendezvous.create_handler(store, backend, inner)
+    return RefoundRendezvous(handler, attachment, address, store if isinstance(store, MovingStore) else None)
 
 
 class RefoundRendezvous(RendezvousHandler):
     """torch's c10d rendezvous, with snapshots agreed upon in every round."""
 
-    def __init__(self, inner: RendezvousHandler, attachment: Attachment, address: str) -> None:
-        self._inner, self._attachment, self._address = inner, attachment, address
+    def __init__(
+        self, inner: "DynamicRendezvousHandler", attachment: Attachment, address: str, store: MovingStore | None
+    ) -> None:
+        self._inner, self._attachment, self._address, self._store = inner, attachment, address, store
+        self._watch = Watch(attachment.path, attachment.heartbeat_s)
+        self._generation, self._said = 0, ""
+        self._nodes = 0
+        self._met_at: Place | None = None
+        self._standbys: dict[str, Place] = {}
+        self._polled_at: float | None = None
+        self._is_away = False
         self._outcome = _Outcome.watch()
         self._left = self._joined = False
         atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
@@ -99,6 +121,7 @@ class RefoundRendezvous(RendezvousHandler):
         """Join the next round. Ends the agent with exit code 2 if the nodes contradict each other.
 
         With exit code 0 if this one takes the place of an agent that was lost when all was done.
+        Raises RendezvousTimeoutError if too few nodes to go on come within the time allowed for joining.
         """
         if not self._joined and self._attachment.is_over():
             self._outcome.success = True
@@ -108,38 +131,89 @@ class RefoundRendezvous(RendezvousHandler):
             )
             raise SystemExit(0)
         self._joined = True
+        deadline = time.monotonic() + self._inner.settings.timeout.join.total_seconds()
         while True:
-            info = self._inner.next_rendezvous()
             with _plain_errors():
-                self._revive()
+                self._with_snapshots(self._attachment.at_rendezvous)
                 try:
-                    return self._agree(info)
-                except DistStoreError:
+                    info = self._inner.next_rendezvous()
+                    if self._may_go_on(info):
+                        return self._agree(info)
+                    if time.monotonic() > deadline:
+                        raise RendezvousTimeoutError("too few nodes of the last generation have come")
+                except (DistStoreError, DistNetworkError, ConnectionError) as error:
+                    if isinstance(error, SnapshotError):
+                        raise
                     # A node joined and then died before it said what it holds. Another round goes on without it.
+                    # Or it was this node's snapshot process, which the next round replaces.
                     print(
                         "refound: a node vanished during the rendezvous; joining another round",
                         file=sys.stderr,
                     )
 
+    def _may_go_on(self, info: RendezvousInfo) -> bool:
+        """Exchange who is here, and see whether so few nodes may go on. Says so, once, if they may not."""
+        if self._store is None:
+            return True
+        place = self._store.place
+        mine = Member(
+            node=self._attachment.node,
+            standby=self._store.standby,
+            generation=self._generation,
+            nodes=self._nodes,
+            met_at=self._met_at,
+        )
+        members = exchange_members(info.store, mine, info.rank, info.world_size, _VIEWS_TIMEOUT)
+        self._standbys = {member.node: member.standby for member in members}
+        settings = self._inner.settings
+        more = lacking(members, place) if settings.min_nodes < settings.max_nodes else 0
+        if more and self._said != "waiting":
+            self._said = "waiting"
+            print(
+                f"refound: {info.world_size} of the {max(m.nodes for m in members)} nodes of the last generation are "
+                f"here. The others may be going on without them, so these wait for {more} more",
+                file=sys.stderr,
+                flush=True,
+            )
+        return not more
+
     def _agree(self, info: RendezvousInfo) -> RendezvousInfo:
         secret = os.environ.get(SECRET_ENV, "")
-        view = self._attachment.inventory(secret)
+        view = self._with_snapshots(lambda: self._attachment.inventory(secret))
         views = exchange_views(info.store, view, info.rank, info.world_size, _VIEWS_TIMEOUT)
         decision = decide(views)
         generation = self._attachment.open(views, secret)
         rank = decision.position_of(self._attachment.node)
         _announce(decision, rank)
+        self._polled_at, self._is_away = None, False
+        self._generation, self._said, self._nodes = generation, "", info.world_size
         os.environ |= worker_environment(self._attachment, generation)
         # A fresh prefix: ranks may differ from the inner round's, whose keys the inner handler has used.
-        store = PrefixStore(f"refound/{generation}", info.store)
+        store = self._round_store(f"refound/{generation}", info, decision)
         bootstrap = RendezvousStoreInfo.build(rank, store, local_addr=self._address)
         ending = cast(Store, RoundStore(store, self._attachment.is_over))
         return RendezvousInfo(ending, rank, info.world_size, bootstrap)
 
-    def _revive(self) -> None:
-        if not self._attachment.alive():
-            print("refound: this node's snapshot process has died; starting an empty one", file=sys.stderr)
-            self._attachment.restart()
+    def _round_store(self, prefix: str, info: RendezvousInfo, decision: Decision) -> Store:
+        """For what the agents tell each other in this generation. It stays where it is when the rendezvous moves."""
+        if self._store is None:
+            return PrefixStore(prefix, info.store)
+        self._met_at = self._store.place
+        self._store.round_over(decision.generation, [self._standbys[node.name] for node in decision.nodes])
+        line, here = self._store.line
+        return PrefixStore(f"{here}{self._attachment.job}/{prefix}", line)
+
+    def _with_snapshots(self, ask: Callable[[], T]) -> T:
+        """Ask the snapshot process something, replacing it as often as it dies on the way."""
+        while True:
+            if not self._attachment.alive():
+                print("refound: this node's snapshot process has died; starting an empty one", file=sys.stderr)
+                self._attachment.restart()
+            try:
+                return ask()
+            except ConnectionError:
+                if self._attachment.alive():
+                    raise
 
     def is_closed(self) -> bool:
         return self._inner.is_closed()
@@ -148,8 +222,25 @@ class RefoundRendezvous(RendezvousHandler):
         self._inner.set_closed()
 
     def num_nodes_waiting(self) -> int:
-        """Nodes that wait to join; also 1 when this node's snapshot process has died, to bring one back."""
-        return self._inner.num_nodes_waiting() or int(not self._attachment.alive())
+        """Nodes that wait to join; also 1 when this node's snapshot process has died, to bring one back, and when
+        heartbeats say that the generation cannot go on. torchrun then restarts the workers, and does not count it."""
+        reasons = self._watch.reasons(self._generation)
+        if self._store is not None and self._store.is_displaced:
+            reasons.append("the rendezvous goes on without this node")
+        if self._was_away():
+            reasons.append("this agent was stopped, and the rendezvous has given it up")
+        if reasons and not self._said:
+            self._said = "; ".join(reasons)
+            print(f"refound: leaving generation {self._generation}: {self._said}", file=sys.stderr, flush=True)
+        return self._inner.num_nodes_waiting() or int(bool(reasons) or not self._attachment.alive())
+
+    def _was_away(self) -> bool:
+        """torch's rendezvous drops an agent that is silent for so long, and never tells it."""
+        settings, now = self._inner.settings, time.monotonic()
+        allowed_s = settings.keep_alive_interval.total_seconds() * settings.keep_alive_max_attempt
+        self._is_away = self._is_away or (self._polled_at is not None and now - self._polled_at > allowed_s)
+        self._polled_at = now
+        return self._is_away
 
     def get_run_id(self) -> str:
         return self._inner.get_run_id()
@@ -163,6 +254,9 @@ class RefoundRendezvous(RendezvousHandler):
     def _leave(self) -> None:
         if not self._left:
             self._left = True
+            self._watch.stop()
+            if self._store is not None:
+                self._store.close()
             _leave(self._attachment, success=self._outcome.success)
 
 
@@ -217,7 +311,12 @@ def _conf_from_environment() -> dict[str, str]:
 
 def worker_environment(attachment: Attachment, generation: int) -> dict[str, str]:
     """What a worker needs to find its snapshot process."""
-    return {SOCKET_ENV: os.fspath(attachment.path), GENERATION_ENV: str(generation), JOB_ENV: attachment.job}
+    return {
+        SOCKET_ENV: os.fspath(attachment.path),
+        GENERATION_ENV: str(generation),
+        JOB_ENV: attachment.job,
+        HANG_ENV: str(attachment.hang_s),
+    }
 
 
 class _Outcome(MetricHandler):

@@ -20,11 +20,13 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..erasure import checksum
+from . import last_words
 from .buckets import BUCKETS, Buckets
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
@@ -38,6 +40,7 @@ from .errors import (
 )
 from .finite import first_nonfinite
 from .frozen import FrozenSet, size_hint
+from .hang import Progress
 from .link import Link, Place
 from .loader import Loader
 from .reshape import Reshaper
@@ -156,6 +159,7 @@ class Protection:
         self._failure: Exception | None = None
         self._last_snapshot = self._skipped = 0
         self._link: Link | None = None
+        self._progress: Progress | None = None
         self._rank = place.rank if place else 0
         self._interval = make_interval(every, stall_budget, self._rank)
         self._frozen = None if save_frozen or place is None else FrozenSet(objects)
@@ -164,6 +168,8 @@ class Protection:
         if place is not None:
             self._link = Link(place)
             self._buckets = Buckets(objects)
+            self._progress = Progress.from_environment(place.socket, place.rank, place.generation)
+            last_words.install(Path(place.socket), place.rank, place.generation)
             self._restore(self._link)
             if place.rank == 0:
                 for words in [*unlike_asked(objects, place.world_size), size_hint(objects) if save_frozen else ""]:
@@ -230,6 +236,8 @@ class Protection:
         Raises SnapshotMemoryError, UnsupportedStateError or DamageError when protection is not possible.
         """
         self.step += 1
+        if self._progress is not None:
+            self._progress.step()
         if self._link is None or not self._is_due():
             return
         started = time.monotonic()
@@ -376,6 +384,8 @@ class Protection:
         Call it last. When all ranks have, a node that is lost has nothing left to lose and is not waited for.
         done: False if the script has more to do than train, so that a node which is lost then is still waited for.
         """
+        if self._progress is not None:
+            self._progress.close()
         self._wait()
         link, self._link = self._link, None
         atexit.unregister(self._at_exit)  # it would keep the model, and a mesh with its process groups, to the very end

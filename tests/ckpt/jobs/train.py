@@ -164,6 +164,7 @@ def main() -> None:
             "notes": list(restored.notes) if restored else [],
             "pid": os.getpid(),
             "generation": int(os.environ.get("REFOUND_GENERATION", 0)),
+            "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         },
     )
     while job.step < options.steps:
