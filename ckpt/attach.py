@@ -5,6 +5,7 @@ import fcntl
 import hmac
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -81,9 +82,9 @@ class Attachment:
     def leave(self, *, success: bool) -> None:
         """The agent is about to end. After success nothing of the job is needed any more."""
         try:
+            self._client.sock.settimeout(_START_TIMEOUT.total_seconds())  # it may have been stopped
             self._client.call({"op": "leave", "success": success})
             if success:
-                self._client.sock.settimeout(_START_TIMEOUT.total_seconds())
                 self._client.sock.recv(1)  # its end of the socket closes when it has cleaned up
         except OSError as error:
             print(f"refound: the snapshot process of {self.node!r} could not be told: {error}", file=sys.stderr)
@@ -200,11 +201,13 @@ def _start(job: str, node: str, address: str, conf: PluginConfig, path: Path) ->
                 pass_fds=(write_fd,),
             )
         os.close(write_fd)
-        if os.read(read_fd, 5) != b"ready":
+        ready, _, _ = select.select([read_fd], [], [], _START_TIMEOUT.total_seconds())
+        if not ready or os.read(read_fd, 5) != b"ready":
+            process.kill()  # which has happened already unless it hangs
             process.wait()
+            what = "did not start" if ready else f"did not start within {_START_TIMEOUT.total_seconds():.0f} s"
             raise ConfigError(
-                f"the snapshot process of node {node!r} did not start: {log.read_text()[-2000:].strip()}. "
-                "Run: refound doctor"
+                f"the snapshot process of node {node!r} {what}: {log.read_text()[-2000:].strip()}. Run: refound doctor"
             )
     except OSError as error:
         raise ConfigError(f"the snapshot process of node {node!r} could not be started: {error}") from error

@@ -28,7 +28,7 @@ def create_handler(params: "RendezvousParameters") -> "RendezvousHandler":
 def __getattr__(name: str) -> Any:
     """`RefoundLogsSpecs` must be the class itself: it is imported when torchrun looks it up."""
     if name == "RefoundLogsSpecs":
-        from .plugin import RefoundLogsSpecs
+        from .standalone import RefoundLogsSpecs
 
         return RefoundLogsSpecs
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

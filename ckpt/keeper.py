@@ -77,12 +77,10 @@ class Keeper:
         self.tuning = Tuning()
         self.last_commit_ms = 0.0
         self._completed_at: dict[SnapshotId, float] = {}
-        self.missing: dict[int, str] = {}
-        """Positions that heartbeats miss, and why. This and the next two are read without the lock (`pulse.py`)."""
-        self.was_left = False
-        """Other nodes have left this generation."""
-        self.at_rendezvous = False
+        self.left = 0
+        """The last generation that this node has left. Read without the lock (`pulse.py`)."""
         self.pulse: Pulse | None = None
+        """This generation's heartbeats."""
         self.first_failure: int | None = None
         """The rank of this node whose exception came first in this generation."""
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
@@ -98,7 +96,7 @@ class Keeper:
     def seal(self) -> list[HeldView]:
         """End the current generation here: fence its workers, verify what is held, and say what that is."""
         with self.changed:
-            self.is_open = False
+            self.is_open, self.left = False, self.generation
             workers, self.workers = list(self.workers.values()), {}
             for let_go in list(self.on_seal):  # some take themselves off it
                 let_go()
@@ -142,7 +140,6 @@ class Keeper:
             self._completed_at.clear()
             self.tuning = Tuning()
             self.objections, self.skipped = {}, None
-            self.missing, self.was_left, self.at_rendezvous = {}, False, False
             self.first_failure, self.pulse = None, None
             self.restored = {
                 "source": decision.source,

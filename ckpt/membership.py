@@ -53,6 +53,9 @@ class Member:
     """An agent of a round."""
 
     node: str
+    round_id: str
+    """Drawn anew for each attempt. That of the first member names what this round keeps in the store: numbers of
+    rounds and of generations begin again when all memory of them is lost, and the store may be older than that."""
     standby: Place
     """The store that this agent would host."""
     generation: int = 0
@@ -74,9 +77,8 @@ class Member:
             member = cls(
                 standby=Place._checked(raw.pop("standby")), met_at=Place._checked(met_at) if met_at else None, **raw
             )
-            if not isinstance(member.node, str) or not all(
-                isinstance(n, int) for n in (member.generation, member.nodes)
-            ):
+            words, numbers = (member.node, member.round_id), (member.generation, member.nodes)
+            if not all(isinstance(w, str) for w in words) or not all(isinstance(n, int) for n in numbers):
                 raise ValueError("a part of it has the wrong type")
             return member
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -33,6 +33,8 @@ _CONNECT = timedelta(seconds=1)
 _FORGOTTEN = timedelta(seconds=2)
 _LOOK_EVERY = timedelta(milliseconds=500)
 _ROUND = timedelta(seconds=60)
+_MOVE_WITHIN = timedelta(seconds=60)
+"""How long one call may be carried from store to store."""
 
 
 class MovingStore(Store):
@@ -50,6 +52,8 @@ class MovingStore(Store):
         self.standby = Place(host=address, port=self._server.port)
         """The store that this agent hosts."""
         self._line, self.place = first, self._endpoint
+        # torch's client does one thing at a time: on one line, what a round waits for would hold the state up.
+        self._round_line = connect(self._endpoint)
         self._candidates: list[Place] = []
         self._generation = 0
         self._state = _NO_STATE
@@ -81,11 +85,14 @@ class MovingStore(Store):
         return self._state_call(key, lambda line, name: line.get(name))
 
     def _state_call(self, key: str, call: Callable[[TCPStore, str], bytes]) -> bytes:
+        deadline = time.monotonic() + _MOVE_WITHIN.total_seconds()
         while True:
             line, place = self._line, self.place
             try:
                 value = in_time(lambda line=line, place=place: call(line, _named(place, key)), _ANSWER)
             except (RuntimeError, ValueError) as error:
+                if time.monotonic() > deadline:
+                    raise  # one after the other fails; torch ends the agent with this as the reason
                 self._move_from(place, error)
                 continue
             if place == self.place:
@@ -98,18 +105,18 @@ class MovingStore(Store):
         self._round_call(key, lambda line, name: line.set(name, value))  # pyright: ignore[reportArgumentType]
 
     def wait(self, keys: list[str], timeout: timedelta = _ROUND) -> None:
-        line, names = self._line, [_named(self.place, key) for key in keys]
+        line, names = self._round_line, [_named(self.place, key) for key in keys]
         in_time(lambda: line.wait(names, timeout), timeout + _ANSWER)
 
     def _round_call(self, key: str, call: Callable[[TCPStore, str], T]) -> T:
-        line, name = self._line, _named(self.place, key)
+        line, name = self._round_line, _named(self.place, key)
         return in_time(lambda: call(line, name), _ROUND + _ANSWER)
 
     @property
     def line(self) -> tuple[TCPStore, str]:
         """The store in use now, and what the names of keys begin with there: for a round, which does not move."""
         with self._lock:
-            return self._line, _named(self.place, "")
+            return self._round_line, _named(self.place, "")
 
     # --- moving ------------------------------------------------------------------------------------------------
 
@@ -134,12 +141,12 @@ class MovingStore(Store):
     def _settle(self, place: Place) -> bool:
         """Use the store at `place`, with the state known here if it has none. False if it cannot be reached."""
         try:
-            line = connect(place)
+            line, round_line = connect(place), connect(place)
             in_time(lambda: line.compare_set(_named(place, self._state_key), "", self._state), _ANSWER)
             _put_signpost(self._server, place)
         except (RuntimeError, ValueError, OSError):
             return False
-        self._line, self.place = line, place
+        self._line, self._round_line, self.place = line, round_line, place
         return True
 
     def _look_around(self) -> None:
@@ -178,6 +185,34 @@ class MovingStore(Store):
                 return
         if other == self._endpoint or sign.epoch < ours.epoch:
             in_time(lambda: line.set(_SIGNPOST, ours.to_json()), _ANSWER)
+
+
+class BoundedStore:
+    """A store as torchrun's agent uses it in one round. Its host may fall silent: every call ends all the same.
+
+    Raises DistStoreError (what was waited for has not come) or DistNetworkError (the host does not answer).
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store: Any = store
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a call waits for a key unless it says otherwise."""
+        return self._store.timeout
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Change it."""
+        self._store.set_timeout(timeout)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Wait for all keys."""
+        limit = timeout or self.timeout
+        in_time(lambda: self._store.wait(keys, limit), limit + _ANSWER)
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._store, name)
+        return lambda *args: in_time(lambda: call(*args), self.timeout + _ANSWER)
 
 
 def connect(place: Place) -> TCPStore:

@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two doors into torchrun: `--rdzv-backend=refound`, and `--logs-specs=refound` for `--standalone`.
+"""The door into torchrun: `--rdzv-backend=refound` (`--standalone` has another, `standalone.py`).
 
-torchrun finds them through `entry.py`. The handler wraps torch's own c10d rendezvous. Around each round it seals this
+torchrun finds both through `entry.py`. The handler wraps torch's own c10d rendezvous. Around each round it seals this
 node's snapshot process, exchanges views with the other nodes, opens the next generation, and gives every node the rank
 its snapshot had. Workers build their own store every round: torchrun's shared one keeps the addresses of dead workers
 and breaks restarts (pytorch #135712, #167288).
 """
 
 import atexit
-import errno
 import os
+import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from torch.distributed import (
     DistNetworkError,
@@ -25,9 +24,8 @@ from torch.distributed import (
     Store,  # pyright: ignore[reportPrivateImportUsage]
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
-from torch.distributed.elastic.metrics.api import MetricHandler, configure, getStream
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
@@ -35,27 +33,37 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from .agent import (
+    NO_SHARED_STORE_ENV,
+    Outcome,
+    announce,
+    check_checkpoint_dir,
+    leave,
+    plain_errors,
+    worker_environment,
+)
 from .agreement import Decision, decide
 from .attach import Attachment, attach, exchange_views
 from .conf import parse
 from .ending import RoundStore
 from .errors import ConfigError, SnapshotError
-from .hang import HANG_ENV
 from .membership import Member, Place, exchange_members, lacking
-from .moving import MovingStore
+from .moving import BoundedStore, MovingStore
+from .smp import log_path
 from .stripes import choose_groups
 from .watch import Watch
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.api import LogsDest
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
 T = TypeVar("T")
 BACKEND = "refound"
-SOCKET_ENV, GENERATION_ENV, JOB_ENV = "REFOUND_SOCKET", "REFOUND_GENERATION", "REFOUND_JOB"
 SECRET_ENV = "REFOUND_SECRET"
 _VIEWS_TIMEOUT = timedelta(seconds=30)
-_NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+_REPLACEMENTS = 5
+"""Snapshot processes that may die in a row before an agent gives up."""
+is_active = False
+"""Whether this agent has this door, so that the other one (`standalone.py`) stays shut."""
 
 
 def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
@@ -65,11 +73,11 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
     """
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
 
-    with _plain_errors():
+    with plain_errors():
         conf, torch_conf = parse(params.config)
         for nodes in range(params.min_nodes, params.max_nodes + 1) if conf.k else ():
             choose_groups(nodes, conf.k, conf.m)  # better now than when a node is lost
-        _check_checkpoint_dir(conf.checkpoint_dir)
+        check_checkpoint_dir(conf.checkpoint_dir)
         address = params.local_addr or _address_towards(params.endpoint)
         attachment = attach(params.run_id, address, conf)
     inner = RendezvousParameters(
@@ -83,7 +91,10 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
     )
     backend, store = c10d_rendezvous_backend.create_backend(inner)
     if isinstance(store, TCPStore):  # not a file's, which is where it is
-        store = MovingStore(store, params.run_id, address)
+        try:
+            store = MovingStore(store, params.run_id, address)
+        except OSError as error:
+            raise RendezvousConnectionError(f"the rendezvous store at {params.endpoint} went away") from error
         backend = c10d_rendezvous_backend.C10dRendezvousBackend(store, params.run_id)
     handler = dynamic_rendezvous.create_handler(store, backend, inner)
     return RefoundRendezvous(handler, attachment, address, store if isinstance(store, MovingStore) else None)
@@ -96,19 +107,20 @@ class RefoundRendezvous(RendezvousHandler):
         self, inner: "DynamicRendezvousHandler", attachment: Attachment, address: str, store: MovingStore | None
     ) -> None:
         self._inner, self._attachment, self._address, self._store = inner, attachment, address, store
-        self._watch = Watch(attachment.path, attachment.heartbeat_s)
+        self._watch = Watch(attachment.path, attachment.heartbeat_s, attachment.lease_s)
         self._generation, self._said = 0, ""
         self._nodes = 0
         self._met_at: Place | None = None
         self._standbys: dict[str, Place] = {}
+        self._round_id = ""
         self._polled_at: float | None = None
         self._is_away = False
-        self._outcome = _Outcome.watch()
+        self._outcome = Outcome.watch()
         self._left = self._joined = False
         atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
-        os.environ[_NO_SHARED_STORE] = "1"  # read by the wrapped handler
-        global _active
-        _active = True
+        os.environ[NO_SHARED_STORE_ENV] = "1"  # read by the wrapped handler
+        global is_active
+        is_active = True
 
     def get_backend(self) -> str:
         return BACKEND
@@ -121,7 +133,7 @@ class RefoundRendezvous(RendezvousHandler):
         """Join the next round. Ends the agent with exit code 2 if the nodes contradict each other.
 
         With exit code 0 if this one takes the place of an agent that was lost when all was done.
-        Raises RendezvousTimeoutError if too few nodes to go on come within the time allowed for joining.
+        Raises RendezvousTimeoutError if no round of enough nodes succeeds within the time allowed for joining.
         """
         if not self._joined and self._attachment.is_over():
             self._outcome.success = True
@@ -133,14 +145,13 @@ class RefoundRendezvous(RendezvousHandler):
         self._joined = True
         deadline = time.monotonic() + self._inner.settings.timeout.join.total_seconds()
         while True:
-            with _plain_errors():
+            with plain_errors():
                 self._with_snapshots(self._attachment.at_rendezvous)
                 try:
                     info = self._inner.next_rendezvous()
                     if self._may_go_on(info):
                         return self._agree(info)
-                    if time.monotonic() > deadline:
-                        raise RendezvousTimeoutError("too few nodes of the last generation have come")
+                    failure = RendezvousTimeoutError("too few nodes of the last generation have come")
                 except (DistStoreError, DistNetworkError, ConnectionError) as error:
                     if isinstance(error, SnapshotError):
                         raise
@@ -149,7 +160,11 @@ class RefoundRendezvous(RendezvousHandler):
                     print(
                         "refound: a node vanished during the rendezvous; joining another round",
                         file=sys.stderr,
+                        flush=True,
                     )
+                    failure = RendezvousTimeoutError("in every round a node vanished")
+                if time.monotonic() > deadline:
+                    raise failure
 
     def _may_go_on(self, info: RendezvousInfo) -> bool:
         """Exchange who is here, and see whether so few nodes may go on. Says so, once, if they may not."""
@@ -158,6 +173,7 @@ class RefoundRendezvous(RendezvousHandler):
         place = self._store.place
         mine = Member(
             node=self._attachment.node,
+            round_id=secrets.token_hex(16),
             standby=self._store.standby,
             generation=self._generation,
             nodes=self._nodes,
@@ -165,6 +181,7 @@ class RefoundRendezvous(RendezvousHandler):
         )
         members = exchange_members(info.store, mine, info.rank, info.world_size, _VIEWS_TIMEOUT)
         self._standbys = {member.node: member.standby for member in members}
+        self._round_id = members[0].round_id
         settings = self._inner.settings
         more = lacking(members, place) if settings.min_nodes < settings.max_nodes else 0
         if more and self._said != "waiting":
@@ -184,14 +201,15 @@ class RefoundRendezvous(RendezvousHandler):
         decision = decide(views)
         generation = self._attachment.open(views, secret)
         rank = decision.position_of(self._attachment.node)
-        _announce(decision, rank)
+        announce(decision, rank)
         self._polled_at, self._is_away = None, False
         self._generation, self._said, self._nodes = generation, "", info.world_size
         os.environ |= worker_environment(self._attachment, generation)
         # A fresh prefix: ranks may differ from the inner round's, whose keys the inner handler has used.
         store = self._round_store(f"refound/{generation}", info, decision)
-        bootstrap = RendezvousStoreInfo.build(rank, store, local_addr=self._address)
-        ending = cast(Store, RoundStore(store, self._attachment.is_over))
+        bounded = BoundedStore(store)
+        bootstrap = RendezvousStoreInfo.build(rank, cast(Store, bounded), local_addr=self._address)
+        ending = cast(Store, RoundStore(bounded, self._attachment.is_over))
         return RendezvousInfo(ending, rank, info.world_size, bootstrap)
 
     def _round_store(self, prefix: str, info: RendezvousInfo, decision: Decision) -> Store:
@@ -201,11 +219,16 @@ class RefoundRendezvous(RendezvousHandler):
         self._met_at = self._store.place
         self._store.round_over(decision.generation, [self._standbys[node.name] for node in decision.nodes])
         line, here = self._store.line
-        return PrefixStore(f"{here}{self._attachment.job}/{prefix}", line)
+        # The number of the generation is not enough: after the loss of all memory it is 1 again, and in a store that
+        # has outlived the nodes the old generation 1 would still say where its first worker listened.
+        return PrefixStore(f"{here}{self._attachment.job}/{self._round_id}/{prefix}", line)
 
     def _with_snapshots(self, ask: Callable[[], T]) -> T:
-        """Ask the snapshot process something, replacing it as often as it dies on the way."""
-        while True:
+        """Ask the snapshot process something, replacing it if it dies on the way.
+
+        Raises ConfigError if it does so again and again.
+        """
+        for _ in range(_REPLACEMENTS):
             if not self._attachment.alive():
                 print("refound: this node's snapshot process has died; starting an empty one", file=sys.stderr)
                 self._attachment.restart()
@@ -214,6 +237,10 @@ class RefoundRendezvous(RendezvousHandler):
             except ConnectionError:
                 if self._attachment.alive():
                     raise
+        raise ConfigError(
+            f"the snapshot process of this node has died {_REPLACEMENTS} times in a row: see its last words in "
+            f"{log_path(self._attachment.path)}, and run: refound doctor"
+        )
 
     def is_closed(self) -> bool:
         return self._inner.is_closed()
@@ -257,138 +284,7 @@ class RefoundRendezvous(RendezvousHandler):
             self._watch.stop()
             if self._store is not None:
                 self._store.close()
-            _leave(self._attachment, success=self._outcome.success)
-
-
-_active = False  # whether this agent has the rendezvous door, so that the logs-specs door stays shut
-
-
-class RefoundLogsSpecs(DefaultLogsSpecs):
-    """The door for `--standalone`, which overrides the rendezvous backend: one node, the same snapshots.
-
-    torchrun calls `reify` before every (re)start of the workers, with their environments to be.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        os.environ[_NO_SHARED_STORE] = "1"
-        self._outcome = _Outcome.watch()
-        self._attachment: Attachment | None = None
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> "LogsDest":
-        """Open the next generation of this one node and tell its workers."""
-        if not _active:
-            with _plain_errors():
-                self._next_generation(envs)
-        return super().reify(envs)
-
-    def _next_generation(self, envs: Mapping[int, dict[str, str]]) -> None:
-        first = next(iter(envs.values()))
-        if int(first["GROUP_WORLD_SIZE"]) != 1:
-            raise ConfigError("--logs-specs=refound is for one node; with several, use --rdzv-backend=refound")
-        if self._attachment is None:
-            conf, _ = parse(_conf_from_environment())
-            _check_checkpoint_dir(conf.checkpoint_dir)
-            # --standalone makes up a new run id every time; a name of one's own lets a later launch go on.
-            job = os.environ.get(JOB_ENV) or first["TORCHELASTIC_RUN_ID"]
-            self._attachment = attach(job, "127.0.0.1", conf)
-            atexit.register(lambda: _leave(self._attachment, success=self._outcome.success))
-        elif not self._attachment.alive():
-            self._attachment.restart()
-        view = self._attachment.inventory()
-        generation = self._attachment.open([view], "")
-        _announce(decide([view]), 0)
-        for environment in envs.values():
-            environment.update(worker_environment(self._attachment, generation))
-
-
-def _conf_from_environment() -> dict[str, str]:
-    """`$REFOUND_CONF`, written like `--rdzv-conf` (which does not reach this door): k=v,k=v."""
-    text = os.environ.get("REFOUND_CONF", "")
-    pairs = (part.partition("=") for part in text.split(",") if part)
-    return {key: value for key, _, value in pairs}
-
-
-def worker_environment(attachment: Attachment, generation: int) -> dict[str, str]:
-    """What a worker needs to find its snapshot process."""
-    return {
-        SOCKET_ENV: os.fspath(attachment.path),
-        GENERATION_ENV: str(generation),
-        JOB_ENV: attachment.job,
-        HANG_ENV: str(attachment.hang_s),
-    }
-
-
-class _Outcome(MetricHandler):
-    """Whether the agent's workers have succeeded, from torchrun's own metrics: `shutdown()` does not say."""
-
-    def __init__(self, others: MetricHandler) -> None:
-        self._others = others
-        self.success = False
-
-    @classmethod
-    def watch(cls) -> "_Outcome":
-        outcome = cls(getStream("torchelastic").handler)
-        configure(outcome, group="torchelastic")
-        return outcome
-
-    def emit(self, metric_data: Any) -> None:
-        if ".run_success_" in metric_data.name and metric_data.value:
-            self.success = True
-        self._others.emit(metric_data)
-
-
-class _plain_errors:
-    """Turn a user's mistake into one line and exit code 2: torchrun would print three tracebacks."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SnapshotError):
-            print(f"refound: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from error
-
-
-def _check_checkpoint_dir(directory: str) -> None:
-    """Better now than at the first checkpoint."""
-    if directory:
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            if not os.access(directory, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "it cannot be written to", directory)
-        except OSError as error:
-            raise ConfigError(
-                f"checkpoint_dir={directory}: {error.strerror}; name a directory you can write"
-            ) from error
-
-
-def _announce(decision: Any, rank: int) -> None:
-    """Say, on one node, where training goes on from and why not from something newer."""
-    if rank == 0 and (decision.snapshot is not None or decision.notes):
-        for note in decision.notes:
-            print(f"refound: {note}", file=sys.stderr)
-        where = {
-            "memory": "memory",
-            "disk": "the checkpoint on disk",
-            "start": "the start: nothing can be restored",
-        }
-        step = f" at step {decision.snapshot.step}" if decision.snapshot else ""
-        print(f"refound: going on from {where[decision.source]}{step}", file=sys.stderr, flush=True)
-
-
-def _leave(attachment: Attachment | None, *, success: bool) -> None:
-    """The agent ends. Only the success of its workers frees their snapshots."""
-    if attachment is None or not attachment.alive():
-        return
-    attachment.leave(success=success)
-    if not success:
-        print(
-            f"refound: the snapshots of job {attachment.job!r} stay in memory for {attachment.lease_s:.0f} s; run the "
-            f"same command to go on, or free them with: refound stop {attachment.job}",
-            file=sys.stderr,
-            flush=True,
-        )
+            leave(self._attachment, success=self._outcome.success)
 
 
 def _address_towards(endpoint: str) -> str:

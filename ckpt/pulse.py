@@ -3,10 +3,11 @@
 
 Each asks the nodes 1, 2, 4, 8, … positions further on, log2(n) of them, over connections of their own, and hands on in
 its answers whom it misses: so every node knows within log2(n) beats. A node is missing when its port refuses twice (its
-process is gone), or when it has been silent for `heartbeat_s`. A node that answers that it is at a rendezvous says that
-the generation is over. The agents act on it (`watch.py`); nothing here touches a snapshot.
+process is gone), or when it has been silent for `heartbeat_s`. A node that answers that it has left the generation says
+that it is over. The agents act on it (`watch.py`); nothing here touches a snapshot.
 
-Neither side takes the keeper's lock, which is held for as long as checking all snapshots takes.
+Neither side takes the keeper's lock, which is held for as long as checking all snapshots takes. So an answer looks at
+one number only, the last generation that this node has left: it is right even while the next one is being opened.
 """
 
 import contextlib
@@ -37,39 +38,54 @@ def watched(position: int, nodes: int) -> list[int]:
     return sorted({(position + offset) % nodes for offset in offsets} - {position})
 
 
-def answer(keeper: Keeper, generation: object) -> Message:
-    """What this node says to a beat of `generation`."""
-    over = keeper.at_rendezvous or not keeper.is_open or generation != keeper.generation
-    failed = any(not worker.alive for worker in list(keeper.workers.values()))
-    return {"over": over, "failed": failed, "missing": sorted(keeper.missing)}
+def answer(keeper: Keeper, generation: int) -> Message:
+    """What this node says to a beat of `generation`, which it is in or was in."""
+    pulse = keeper.pulse
+    missing = sorted(pulse.missing) if pulse and pulse.generation == generation else []
+    failed = keeper.first_failure is not None or _has_lost_a_worker(keeper)
+    return {"over": generation <= keeper.left, "failed": failed, "missing": missing}
+
+
+def _has_lost_a_worker(keeper: Keeper) -> bool:
+    return any(not worker.alive for worker in list(keeper.workers.values()))
 
 
 def report(keeper: Keeper) -> Message:
     """What this node's agent is told."""
-    decision, missing = keeper.decision, dict(keeper.missing)
-    names = {decision.nodes[position].name: reason for position, reason in missing.items()} if decision else {}
-    spare = decision is not None and any(group.m for group in decision.groups)
-    return {"generation": keeper.generation, "missing": names, "over": keeper.was_left, "spare": spare}
+    pulse = keeper.pulse
+    if pulse is None:
+        return {"generation": 0, "missing": {}, "over": False, "spare": False}
+    return {
+        "generation": pulse.generation,
+        "missing": {pulse.nodes[position].name: reason for position, reason in dict(pulse.missing).items()},
+        "over": pulse.is_over,
+        "spare": pulse.is_spare,
+    }
 
 
 class Pulse:
     """This node's beats in one generation. One thread for each node that it asks."""
 
     def __init__(self, keeper: Keeper, decision: Decision, key: bytes) -> None:
-        self._keeper, self._decision, self._key = keeper, decision, key
+        self._keeper, self._key = keeper, key
+        self.generation, self.nodes = decision.generation, decision.nodes
+        self.is_spare = any(group.m for group in decision.groups)
+        """Whether the other nodes can give back what this one holds."""
+        self.missing: dict[int, str] = {}
+        """Positions that are missed, and why."""
+        self.is_over = False
+        """Other nodes have left this generation."""
         self._heartbeat_s = keeper.conf.heartbeat_s
         self._closed = threading.Event()
         self._heard_at: dict[int, float] = {}
         self._met: set[int] = set()
 
     def start(self) -> None:
-        """Begin, unless heartbeats are turned off."""
-        if not self._heartbeat_s:
-            return
+        """Begin. With heartbeats turned off nobody is asked, and nobody missed."""
         with self._keeper.changed:
             self._keeper.on_seal.append(self.close)
             self._keeper.pulse = self
-        for position in watched(self._keeper.position, len(self._decision.nodes)):
+        for position in watched(self._keeper.position, len(self.nodes)) if self._heartbeat_s else ():
             threading.Thread(target=self._watch, args=(position,), name=f"pulse{position}", daemon=True).start()
 
     def close(self) -> None:
@@ -77,21 +93,19 @@ class Pulse:
         with contextlib.suppress(ValueError):
             self._keeper.on_seal.remove(self.close)
 
-    def who_is_gone(self) -> list[str]:
-        """A worker here has failed: names of nodes that are gone, which may be why; found out on the spot.
+    def who_is_gone(self) -> tuple[list[str], str]:
+        """A worker here has lost a connection: names of nodes that are gone, or of one whose own worker has failed.
 
-        Asks until a node turns out to be gone, or one says that its own worker has failed or that it has left, which
-        then is why; for `heartbeat_s` at most.
+        Found out on the spot: asks until it knows, for `heartbeat_s` at most. What it cannot find out is empty.
         """
         deadline = time.monotonic() + self._heartbeat_s
-        nodes, generation = self._decision.nodes, self._decision.generation
-        if answer(self._keeper, generation)["failed"]:
-            return []  # another worker of this node
-        while not self._keeper.missing and not self._closed.is_set() and time.monotonic() < deadline:
-            for position in watched(self._keeper.position, len(nodes)):
+        if _has_lost_a_worker(self._keeper):
+            return [], ""  # another worker of this node
+        while not self.missing and not self._closed.is_set() and time.monotonic() < deadline:
+            for position in watched(self._keeper.position, len(self.nodes)):
                 try:
                     with self._connection(position) as sock:
-                        wire.send(sock, {"op": "pulse", "in": generation})
+                        wire.send(sock, {"op": "pulse", "in": self.generation})
                         reply, _, _ = wire.receive(sock)
                 except ConnectionRefusedError:
                     self._miss(position, "its snapshot process is gone")
@@ -99,9 +113,9 @@ class Pulse:
                     continue
                 else:
                     if reply.get("failed") or reply.get("over"):
-                        return []
+                        return [], self.nodes[position].name if reply.get("failed") else ""
             self._closed.wait(_ASK_AGAIN.total_seconds())
-        return [nodes[position].name for position in list(self._keeper.missing)]
+        return [self.nodes[position].name for position in list(self.missing)], ""
 
     def _watch(self, position: int) -> None:
         self._heard_at[position] = time.monotonic()
@@ -130,7 +144,7 @@ class Pulse:
         """Beat until the generation is over. Raises OSError when the other side cannot be reached or is silent."""
         with self._connection(position) as sock:
             while not self._closed.is_set():
-                wire.send(sock, {"op": "pulse", "in": self._decision.generation})
+                wire.send(sock, {"op": "pulse", "in": self.generation})
                 reply, _, _ = wire.receive(sock)
                 self._heard_at[position] = time.monotonic()
                 self._met.add(position)
@@ -140,7 +154,7 @@ class Pulse:
 
     @contextlib.contextmanager
     def _connection(self, position: int) -> Iterator[socket.socket]:
-        node = self._decision.nodes[position]
+        node = self.nodes[position]
         with socket.create_connection((node.address, node.port), timeout=self._heartbeat_s) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             wire.authenticate(sock, self._key, server=False)
@@ -154,17 +168,17 @@ class Pulse:
         for position in missing:
             if position == self._keeper.position:
                 return self._over("the other nodes have missed this one")
-            if 0 <= position < len(self._decision.nodes):
+            if 0 <= position < len(self.nodes):
                 self._miss(position, "another node misses it")
         return not reply.get("over") or self._over("another node is at the rendezvous")
 
     def _over(self, reason: str) -> bool:
-        if not self._closed.is_set() and not self._keeper.was_left:
-            self._keeper.was_left = True
+        if not self._closed.is_set() and not self.is_over:
+            self.is_over = True
             self._keeper.event("generation over", reason=reason)
         return False
 
     def _miss(self, position: int, reason: str) -> None:
-        if not self._closed.is_set() and position not in self._keeper.missing:
-            self._keeper.missing[position] = reason
-            self._keeper.event("node missing", node=self._decision.nodes[position].name, reason=reason)
+        if not self._closed.is_set() and position not in self.missing:
+            self.missing[position] = reason
+            self._keeper.event("node missing", node=self.nodes[position].name, reason=reason)

@@ -104,7 +104,7 @@ class PeerServer:
 
     def _answer(self, sock: socket.socket, message: Message, body: memoryview, helper: "_Helper") -> None:
         if message.get("op") == "pulse":
-            wire.send(sock, pulse.answer(self._keeper, message.get("in")))
+            wire.send(sock, pulse.answer(self._keeper, _integer(message, "in")))
             return
         try:
             self._keeper.check_open(_integer(message, "in"))

@@ -108,7 +108,7 @@ class Process:
             self._telemetry.follow(self.keeper.conf)
             return {}
         if op == "rendezvous":
-            self.keeper.at_rendezvous = True
+            self.keeper.left = self.keeper.generation
             return {}
         if op == "inventory":
             return {"view": self._inventory().to_json()}

@@ -32,7 +32,7 @@ def test_torchruns_summary_shows_the_first_ranks_traceback_once(error_file: Path
         try:
             raise ValueError(f"rank {rank} went wrong")
         except ValueError as error:
-            last_words._record(error, first, rank)
+            last_words._record(error, last_words._follows({"first": first}, rank))
         paths[rank] = error_file.rename(tmp_path / f"{rank}.json")
     failed = ChildFailedError("train.py", {rank: failure(rank, path) for rank, path in paths.items()})
     assert failed.get_first_failure()[0] == 1
@@ -46,7 +46,7 @@ def test_torchruns_summary_shows_the_first_ranks_traceback_once(error_file: Path
 
 def test_what_record_has_written_is_left(error_file: Path) -> None:
     error_file.write_text("theirs")
-    last_words._record(ValueError(), 0, 0)
+    last_words._record(ValueError(), "")
     assert error_file.read_text() == "theirs"
 
 
@@ -72,7 +72,7 @@ def test_only_a_node_that_is_gone_is_to_blame_for_a_lost_connection() -> None:
         nodes.open()
         first, second = (node.keeper for node in nodes.nodes)
         said = last_words.note(first, 0, nodes.generation, "ValueError", lost=False)
-        assert said == {"first": 0, "missing": []}
+        assert said == {"first": 0, "missing": [], "elsewhere": ""}
         assert last_words.note(first, 1, nodes.generation, "RuntimeError", lost=False)["first"] == 0
         assert last_words.note(first, 1, nodes.generation - 1, "RuntimeError", lost=True) == {}
         # The other node's worker has failed: that is why, and nobody is gone.
@@ -82,7 +82,9 @@ def test_only_a_node_that_is_gone_is_to_blame_for_a_lost_connection() -> None:
             second.join(writer)
             process.kill()
             eventually(lambda: not writer.alive, "the worker has died")
-            assert last_words.note(first, 0, nodes.generation, "RuntimeError", lost=True)["missing"] == []
+            said = last_words.note(first, 0, nodes.generation, "RuntimeError", lost=True)
+            assert said == {"first": 0, "missing": [], "elsewhere": nodes.nodes[1].name}
+            assert nodes.nodes[1].name in last_words._follows(said, 0)
     finally:
         nodes.end()
 
@@ -103,6 +105,6 @@ def test_a_node_that_dies_while_it_is_asked_for_is_found_to_be_gone() -> None:
         gate.cut()
         gate._listener.close()
         asking.join()
-        assert found == [{"first": 0, "missing": ["n1"]}]
+        assert found == [{"first": 0, "missing": ["n1"], "elsewhere": ""}]
     finally:
         nodes.end()
