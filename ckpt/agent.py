@@ -12,9 +12,19 @@ from torch.distributed.elastic.metrics.api import MetricHandler, configure, getS
 from .attach import Attachment
 from .errors import ConfigError, SnapshotError
 from .hang import HANG_ENV
+from .spares import Spares, told_modules
 
 SOCKET_ENV, GENERATION_ENV, JOB_ENV = "REFOUND_SOCKET", "REFOUND_GENERATION", "REFOUND_JOB"
 NO_SHARED_STORE_ENV = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+def with_spares(attachment: Attachment) -> Spares | None:
+    """Have this agent start its workers from warm spares, if it is to."""
+    if not attachment.warm_spares:
+        return None
+    spares = Spares(attachment.warm_spares, lambda: told_modules(attachment.path))
+    spares.install()
+    return spares
 
 
 def worker_environment(attachment: Attachment, generation: int) -> dict[str, str]:

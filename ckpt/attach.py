@@ -70,6 +70,11 @@ class Attachment:
         return self._conf.heartbeat_s
 
     @property
+    def warm_spares(self) -> int:
+        """How many processes wait beside each worker."""
+        return self._conf.warm_spares
+
+    @property
     def hang_s(self) -> float:
         """How long a worker may go without a step; 0: as long as it likes."""
         return self._conf.hang_s

@@ -42,6 +42,8 @@ class PluginConfig:
     """Seconds of silence after which the other nodes go on without a node. 0: never."""
     hang_s: float = 0.0
     """Seconds without a step after which a worker is killed, to be started again. 0: never."""
+    warm_spares: int = 0
+    """Processes with all imports done that wait beside each worker, for a restart to begin from. 0: none."""
     checkpoint_dir: str = ""
     """Directory for checkpoints on storage that all nodes see. Empty: none are written."""
     checkpoint_every_s: float = 600.0
@@ -102,6 +104,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             "lease_s",
             "heartbeat_s",
             "hang_s",
+            "warm_spares",
             "checkpoint_every_s",
             "checkpoint_every_steps",
             "parity_rate_mb_s",

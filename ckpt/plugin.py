@@ -40,6 +40,7 @@ from .agent import (
     check_checkpoint_dir,
     leave,
     plain_errors,
+    with_spares,
     worker_environment,
 )
 from .agreement import Decision, decide
@@ -116,6 +117,7 @@ class RefoundRendezvous(RendezvousHandler):
         self._polled_at: float | None = None
         self._is_away = False
         self._outcome = Outcome.watch()
+        self._spares = with_spares(attachment)
         self._left = self._joined = False
         atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
         os.environ[NO_SHARED_STORE_ENV] = "1"  # read by the wrapped handler
@@ -282,6 +284,8 @@ class RefoundRendezvous(RendezvousHandler):
         if not self._left:
             self._left = True
             self._watch.stop()
+            if self._spares is not None:
+                self._spares.close()
             if self._store is not None:
                 self._store.close()
             leave(self._attachment, success=self._outcome.success)

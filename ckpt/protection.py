@@ -13,7 +13,9 @@ that is not protected, and random numbers drawn between `protect` and the loop, 
 """
 
 import atexit
+import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 
 from ..erasure import checksum
-from . import last_words
+from . import last_words, preload
 from .buckets import BUCKETS, Buckets
 from .collect import Collector, State
 from .copier import Copier, flat_bytes
@@ -43,12 +45,14 @@ from .frozen import FrozenSet, size_hint
 from .hang import Progress
 from .link import Link, Place
 from .loader import Loader
+from .preload import WARM_ENV
 from .reshape import Reshaper
 from .shard import Plan, make_plan, signature
 from .tuning import STALL_BUDGET, interval_problems, make_interval
 from .wrappers import optimizers_of, unlike_asked, unwrap
 from .zero import ZeroState
 
+_IMPORTED_AFTER = 3
 _EXIT_WAIT = timedelta(seconds=30)
 _UNSETTLED_SNAPSHOTS = 10  # skipped at most, while gradient buckets are not laid out for good
 MOST_REFUSALS = 10
@@ -160,6 +164,7 @@ class Protection:
         self._last_snapshot = self._skipped = 0
         self._link: Link | None = None
         self._progress: Progress | None = None
+        self._steps_to_imports = _IMPORTED_AFTER if place is not None and WARM_ENV in os.environ else 0
         self._rank = place.rank if place else 0
         self._interval = make_interval(every, stall_budget, self._rank)
         self._frozen = None if save_frozen or place is None else FrozenSet(objects)
@@ -238,7 +243,11 @@ class Protection:
         self.step += 1
         if self._progress is not None:
             self._progress.step()
-        if self._link is None or not self._is_due():
+        if self._link is None:
+            return
+        if self._steps_to_imports:
+            self._tell_imports(self._link)
+        if not self._is_due():
             return
         started = time.monotonic()
         self._wait()
@@ -250,6 +259,13 @@ class Protection:
         if not self._overlaps:
             self._wait()  # without an optimizer to hook into, nobody could say when the state changes
         self.stall_ms += (time.monotonic() - started) * 1000
+
+    def _tell_imports(self, link: Link) -> None:
+        """By the third step all is imported that training needs, which torch does lazily: warm spares do it before."""
+        self._steps_to_imports -= 1
+        if not self._steps_to_imports:
+            with contextlib.suppress(OSError):  # the snapshot process has gone, and the next start tells its successor
+                link.loaded(preload.loaded())
 
     def _is_due(self) -> bool:
         settled = self._buckets.learn() or self._skipped >= _UNSETTLED_SNAPSHOTS  # torch logs by iteration: look at all

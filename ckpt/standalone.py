@@ -17,6 +17,7 @@ from .agent import (
     check_checkpoint_dir,
     leave,
     plain_errors,
+    with_spares,
     worker_environment,
 )
 from .agreement import decide
@@ -58,6 +59,8 @@ class RefoundLogsSpecs(DefaultLogsSpecs):
             job = os.environ.get(JOB_ENV) or first["TORCHELASTIC_RUN_ID"]
             self._attachment = attach(job, "127.0.0.1", conf)
             atexit.register(lambda: leave(self._attachment, success=self._outcome.success))
+            if spares := with_spares(self._attachment):
+                atexit.register(spares.close)
         elif not self._attachment.alive():
             self._attachment.restart()
         view = self._attachment.inventory()
