@@ -67,7 +67,7 @@ class Worker:
         where = (str(self._out), str(self._err), 0, None)
         self._handler = SubprocessHandler(sys.executable, ("-u", *args), environment, *where)
         self.process: subprocess.Popen[Any] = self._handler.proc
-        self.is_warm = any("spare_process" in str(arg) for arg in list(self.process.args))
+        self.is_warm = "spare_process" in str(self.process.args)
 
     def end(self) -> tuple[int, str, str]:
         """Exit status, stdout and stderr."""
