@@ -45,7 +45,7 @@ class Observed(protection.Protection):
 
     def digest(self) -> str:
         """sha256 of all protected bytes: parameters, optimizer, random generators and everything else."""
-        state = self._collector.collect()
+        state = self._snapshotter.collector.collect()
         found = hashlib.sha256(json.dumps(state.objects).encode())
         for leaf in state.leaves:
             found.update(leaf.tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
