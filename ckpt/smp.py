@@ -23,11 +23,9 @@ from .conf import PluginConfig
 from .door import Door
 from .errors import ProtocolError, SnapshotError
 from .exchange import Exchange
-from .hang import Hangs
 from .keeper import Keeper
 from .lead import Control
 from .paths import private_dir, socket_path
-from .pulse import Pulse
 from .rebuild import Rebuilder, Rebuilds
 from .recovery import Recovery
 from .restore import Restore
@@ -54,7 +52,6 @@ class Process:
         self._restore: Restore | None = None
         self._rebuilds: Rebuilds | None = None
         self._stopping = threading.Event()
-        self._hangs = Hangs(self.keeper)
         self._server = PeerServer(
             self.keeper,
             address,
@@ -73,7 +70,6 @@ class Process:
             stop=self._stopping.set,
             restore=self._current_restore,
             finished=lambda snapshot: self._with_control().finished(snapshot),
-            hangs=self._hangs,
         )
         self._telemetry = Telemetry(self.keeper, self._door.status)
         self._telemetry.follow(conf)
@@ -106,9 +102,6 @@ class Process:
         if op == "configure":
             self.keeper.conf = PluginConfig(**message["conf"])
             self._telemetry.follow(self.keeper.conf)
-            return {}
-        if op == "rendezvous":
-            self.keeper.left = self.keeper.generation
             return {}
         if op == "inventory":
             return {"view": self._inventory().to_json()}
@@ -154,7 +147,6 @@ class Process:
         self._control.start()
         Exchange(self.keeper, decision, key, self._control.prepared).start()
         Scrubber(self.keeper, decision, key).start()
-        Pulse(self.keeper, decision, key).start()
         if baseline:
             Recovery(self.keeper, decision, key, baseline).start()
 
@@ -169,7 +161,6 @@ class Process:
             os.close(ready_fd)
         last_seen = time.monotonic()
         while not self._stopping.wait(_TICK_S):
-            self._hangs.look()
             if self._door.agent_pid is not None or any(w.alive for w in list(self.keeper.workers.values())):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > self.keeper.conf.lease_s:
