@@ -14,6 +14,9 @@ import pytest
 
 from .harness import Job, send
 
+# Two minutes: for `make chaos`. `tests/chaos/test_campaign.py` meets these moments without torch in every `make test`.
+pytestmark = pytest.mark.campaign
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:

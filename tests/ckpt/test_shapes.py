@@ -26,7 +26,9 @@ def check(kind: str, worlds: str, folder: Path) -> None:
         assert after["trained"] != after["restored"]
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "kind", ["zero3", *(pytest.param(kind, marks=pytest.mark.campaign) for kind in ("fsdp", "zero2"))]
+)
 def test_three_ranks_go_on_as_two(kind: str, tmp_path: Path) -> None:
     check(kind, "3,2", tmp_path)
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,14 +24,10 @@ from refound.export.directory import open_directory
 from refound.export.errors import ExportUsageError, ModelDamageError
 from refound.export.pickled import read_pickle
 from refound.export.trained import match_names
-from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ..ckpt.alone import alone
-from ..ckpt.ranks import run_ranks
 from ..ckpt.shards import shard_of, write_checkpoint
 from .models import decoder, write_model
 
@@ -45,7 +40,7 @@ def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-ZERO = Path(__file__).parent / "jobs" / "zero_checkpoint.py"
+JOBS = Path(__file__).parent / "jobs"
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +74,16 @@ def trained(base: Path) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
+
+
+def on_two_ranks(script: str, base: Path, folder: Path) -> None:
+    """A job of `jobs/` that begins with `base` and leaves what it made in `folder`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(JOBS / script)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(base), str(folder)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- refound's own ---------------------------------------------------------------------------------------------
@@ -130,23 +135,7 @@ def test_a_tied_model_that_was_compiled_and_wrapped(tmp_path: Path) -> None:
 def dcp(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A checkpoint by two ranks of FSDP2, with optimizer state and numbers beside, and the weights in it."""
     folder = tmp_path_factory.mktemp("dcp")
-
-    def work(rank: int) -> None:
-        model = trained(base)
-        if rank == 0:
-            save_file(dict(model.state_dict()), folder / "whole.safetensors")
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-        model(input_ids=torch.arange(8)[None]).logits.sum().backward()
-        optimizer.step()
-        momenta = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
-        save({"app": {"model": model.state_dict(), "optimizer": momenta, "step": 3}}, checkpoint_id=folder / "step-3")
-        dist.barrier()
-
-    run_ranks(folder / "ranks", 2, work)
+    on_two_ranks("fsdp2_checkpoint.py", base, folder)
     return folder / "step-3", load_file(folder / "whole.safetensors")
 
 
@@ -209,12 +198,7 @@ def test_plain_data_comes_out_of_a_pickle_as_it_went_in(value: Any, protocol: in
 @pytest.fixture(scope="module")
 def zero(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ZERO)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, str(base), str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    on_two_ranks("zero_checkpoint.py", base, folder)
     return folder
 
 
