@@ -51,5 +51,11 @@ class StateMismatchError(DistillError, ValueError):
     exit_code = 3
 
 
+class DamagedFileError(DistillError, ValueError):
+    """A file is not, byte for byte, what was written."""
+
+    exit_code = 3
+
+
 class DivergedError(DistillError, ArithmeticError):
     """The loss is no number any more."""

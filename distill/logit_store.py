@@ -10,8 +10,6 @@ if k is the vocabulary.
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .chunked import CHUNK
 from .config import digest
-from .errors import CacheWriteError, DistillUsageError, StateMismatchError
+from .errors import CacheWriteError, DamagedFileError, DistillUsageError, StateMismatchError
 from .models import positions_of, states_of
+from .proven import read_proven, write_proven
 
 SHARD_WINDOWS = 32
 
@@ -90,20 +89,10 @@ class LogitStore:
         return {"ids": ids.int(), "tokens": tokens, "log_probs": best, "tail": rest}
 
     def _write(self, shard: int, tensors: dict[str, torch.Tensor]) -> None:
-        from safetensors.torch import save
-
-        plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         path = self.path(shard)
-        part = path.with_suffix(".part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(save(plain, {"refound": json.dumps({"sha256": _digest(plain)})}))
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            write_proven(path, tensors, {})
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise CacheWriteError(
                 f"cannot write {path}: {error.strerror}. The shards that are done are kept; make room and run again"
             ) from error
@@ -126,20 +115,12 @@ class LogitStore:
 
     def read(self, shard: int) -> Answers:
         """Raises StateMismatchError if the shard is damaged: it is set aside, and `fill` makes it anew."""
-        from safetensors import SafetensorError, safe_open
-
         path = self.path(shard)
         try:
-            with safe_open(path, framework="pt") as file:
-                told = json.loads((file.metadata() or {})["refound"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _digest(tensors) != told["sha256"]:
-                raise ValueError("its bytes are not what was written")
-        except (SafetensorError, ValueError, KeyError) as error:
+            tensors, _ = read_proven(path)
+        except DamagedFileError as error:
             path.rename(path.with_suffix(".damaged"))
-            raise StateMismatchError(
-                f"{path} is damaged ({error}) and was set aside: run again, it is made anew"
-            ) from error
+            raise StateMismatchError(f"{error}. It was set aside: run again, it is made anew") from error
         return Answers(tensors["ids"].long(), tensors["tokens"].long(), tensors["log_probs"].float(), tensors["tail"])
 
 
@@ -171,11 +152,3 @@ def _part_kl(
         rest = logits.masked_fill(~others, float("-inf")).logsumexp(-1) - logits.logsumexp(-1)
         found = found + tail.exp() * (tail - rest)
     return found.sum()
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    whole = hashlib.sha256()
-    for name in sorted(tensors):
-        whole.update(f"{name}{tuple(tensors[name].shape)}".encode())
-        whole.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()

@@ -5,9 +5,6 @@ Under torchrun with refound's backend it is `protect`: snapshots in memory. With
 file: the whole state every few steps, renamed into place, and back from it bit for bit.
 """
 
-import hashlib
-import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from ..ckpt.link import Place
-from .errors import CacheWriteError, StateMismatchError
+from .errors import CacheWriteError, DamagedFileError, StateMismatchError
+from .proven import read_proven, write_proven
 
 STATE = "state.safetensors"
 
@@ -89,46 +87,30 @@ class DiskGuard:
 
     def save(self) -> None:
         """Raises CacheWriteError if the disk is full or cannot be written; the state before stays."""
-        from safetensors.torch import save
-
         tensors = {f"model.{name}": tensor for name, tensor in self._model.state_dict().items()}
         tied = {tensor.data_ptr(): name for name, tensor in tensors.items()}
         tensors = {name: tensor for name, tensor in tensors.items() if tied[tensor.data_ptr()] == name}
         for index, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        facts = {"run": self._run, "step": self.step, "data": self._data.state_dict(), "sha256": _digest(tensors)}
-        body = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _metadata(facts))
-        part = self._file.with_suffix(".part")
+        facts = {"run": self._run, "step": self.step, "data": self._data.state_dict()}
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(self._file)
+            write_proven(self._file, tensors, facts)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise CacheWriteError(
                 f"cannot write {self._file}: {error.strerror}. The state of an earlier step is kept; make room and "
                 "run the same command again to go on from it"
             ) from error
 
     def _load(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self._file, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["refound"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise self._damaged(str(error)) from error
+            tensors, facts = read_proven(self._file)
+        except (DamagedFileError, OSError) as error:
+            raise StateMismatchError(f"{error}. Delete {self._file} to start this run anew") from error
         if facts["run"] != self._run:
             raise StateMismatchError(
                 f"{self._file} is of a run with other settings or models. Name another --out, or delete that file to "
                 "start anew"
             )
-        if _digest(tensors) != facts["sha256"]:
-            raise self._damaged("its bytes are not what was written")
         names = {name: name.removeprefix("model.") for name in tensors if name.startswith("model.")}
         with torch.no_grad():
             own = self._model.state_dict()
@@ -142,19 +124,3 @@ class DiskGuard:
         self._optimizer.load_state_dict({"state": states, "param_groups": groups})
         self._data.load_state_dict(facts["data"])
         self.step = facts["step"]
-
-    def _damaged(self, why: str) -> StateMismatchError:
-        return StateMismatchError(f"{self._file} is damaged: {why}. Delete it to start this run anew")
-
-
-def _metadata(facts: dict[str, Any]) -> dict[str, str]:
-    return {"refound": json.dumps(facts, sort_keys=True)}
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(name.encode() + b"\0")
-        digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()

@@ -2,14 +2,12 @@
 """Units of work whose results are named by what decides them: done once, whole or not there, and never twice.
 
 A job is a kind and a key (plain values: fingerprints, settings, which layer). Its file is named by the SHA-256 of both
-and written beside its place, synced and renamed, so a process killed at any moment leaves only a scrap that is written
-over. What is read back is held against the checksum within; what does not match is made anew, and said.
+and proves itself (`distill.proven`): a process killed at any moment leaves only a scrap, and what is damaged is made
+anew, and said.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +17,8 @@ from typing import Any
 
 import torch
 
+from ..distill.errors import DamagedFileError
+from ..distill.proven import read_proven, write_proven
 from ..text import duration_text
 from .errors import StoreError
 
@@ -63,47 +63,28 @@ class Store:
         Raises:
             KeyError: if it is not there; a damaged one is set aside first, and said, so that it is made anew.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = self.path(job)
         try:
-            with safe_open(path, framework="pt") as file:
-                told = json.loads((file.metadata() or {})["refound"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if told["sha256"] != _digest(tensors, told["facts"]) or told["job"] != json.loads(job.canonical):
-                raise ValueError("its bytes are not what was written")
+            tensors, told = read_proven(path)
+            if told.get("job") != json.loads(job.canonical):
+                raise DamagedFileError(f"{path} is damaged: it is of another job")
         except FileNotFoundError as error:
             raise KeyError(job.id) from error
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except DamagedFileError as error:
             path.rename(path.with_suffix(".damaged"))
-            print(
-                f"refound: {path} is damaged ({error}) and was set aside; it is made anew", file=sys.stderr, flush=True
-            )
+            print(f"refound: {error}. It was set aside and is made anew", file=sys.stderr, flush=True)
             raise KeyError(job.id) from error
         return tensors, told["facts"]
 
     def put(self, job: Job, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         """Raises StoreError if it cannot be written: what was there before stays."""
-        from safetensors.torch import save
-
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-        told = {"job": json.loads(job.canonical), "facts": dict(facts)}
-        told["sha256"] = _digest(plain, told["facts"])
-        body = save(plain, {"refound": json.dumps(told, sort_keys=True)})
         path = self.path(job)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
+            write_proven(path, tensors, {"job": json.loads(job.canonical), "facts": dict(facts)})
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
+            size_mb = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
             raise StoreError(
-                f"cannot write {path} ({len(body) / 1e6:.1f} MB): {error.strerror}. All that was done before is kept: "
+                f"cannot write {path} ({size_mb:.1f} MB): {error.strerror}. All that was done before is kept: "
                 "make room and run the same command again, it goes on from here"
             ) from error
 
@@ -111,15 +92,6 @@ class Store:
         """Removes the scraps of processes that were killed; only while no other process writes here."""
         for scrap in self.root.glob("*/.*.part"):
             scrap.unlink()
-
-
-def _digest(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\0{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def run_jobs(
