@@ -13,7 +13,6 @@ CUDA are measured where they are at hand.
 import argparse
 import ctypes
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -26,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from _figures import figure, tell
 from refound.erasure import Code, apply, backend, checksum, crc, isal, portable
 from refound.erasure.backends import Kernel
 from refound.erasure.field import Matrix
@@ -203,10 +203,6 @@ def device_figures(job: Job, label: str, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def figure(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 3), "unit": unit, "bar": bar or None, "holds": holds}
-
-
 def code_figures(code: Code, kind: str, samples: Samples) -> list[dict[str, Any]]:
     label = f"{kind} ({code.k},{code.m})"
     figures = []
@@ -293,12 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figures += code_figures(code, kind, measure(named, code.k * size, options.rounds, seed=code.k))
             figures += device_figures(job, f"{kind} ({code.k},{code.m})", options.rounds)
     figures += checksum_figures(size, options.rounds, rng)
-    if options.json:
-        print(json.dumps({"figures": figures, "machine": before}))
-        return
-    for row in figures:
-        verdict = "" if row["holds"] is None else f"  {row['bar']}: {'holds' if row['holds'] else 'MISSED'}"
-        print(f"{row['name']:48} {row['value']:10.3f} {row['unit']:5}{verdict}")
+    tell(figures, as_json=options.json, machine=before)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ what tells whether more nodes mean more to do for each.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -29,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _figures import figure, tell
 from refound.ckpt.attach import Attachment, attach
 from refound.ckpt.client import find_nodes
 from refound.ckpt.collect import Collector
@@ -204,7 +204,7 @@ def figures(by_size: list[Measured], by_ranks: list[Measured]) -> list[dict[str,
         span = f"{sizes[0] / 1e6:.0f} to {sizes[-1] / 1e6:.0f} MB a rank"
         for name in ("stall_s", "commit_s", "work_s", "memory_bytes"):
             value = exponent(sizes, [getattr(each, name) for each in by_size])
-            rows.append(_figure(f"{_word(name)}: exponent in bytes, {span}", value, "", "<= 1.1", value <= 1.1))
+            rows.append(figure(f"{_word(name)}: exponent in bytes, {span}", value, "", "<= 1.1", value <= 1.1))
     mirrored = [each for each in by_ranks if each.ranks > 1]
     for name in ("stall_s", "commit_s", "work_s", "memory_bytes"):
         # One rank alone has no parity: only what a rank does itself can be compared with it.
@@ -215,29 +215,25 @@ def figures(by_size: list[Measured], by_ranks: list[Measured]) -> list[dict[str,
         value = exponent(ranks, [getattr(each, name) for each in compared])
         shared = name == "commit_s"  # all nodes take turns on this machine's cores
         name_of = f"{_word(name)}: exponent in nodes, {ranks[0]} to {ranks[-1]}"
-        rows.append(_figure(name_of, value, "", "" if shared else "<= 0.1", None if shared else value <= 0.1))
+        rows.append(figure(name_of, value, "", "" if shared else "<= 0.1", None if shared else value <= 0.1))
     largest = by_size[-1] if by_size else by_ranks[-1]
     ratio = largest.memory_bytes / largest.planned_bytes
     rows.append(
-        _figure(f"memory / refound plan's, {largest.size_bytes / 1e6:.0f} MB", ratio, "x", "<= 1.1", ratio <= 1.1)
+        figure(f"memory / refound plan's, {largest.size_bytes / 1e6:.0f} MB", ratio, "x", "<= 1.1", ratio <= 1.1)
     )
     for each in (*by_size, *by_ranks):
         label = f"{each.size_bytes / 1e6:.0f} MB, {each.ranks} node{'s' if each.ranks > 1 else ''}"
         rows += [
-            _figure(f"{label}: stall", each.stall_s, "s"),
-            _figure(f"{label}: commit", each.commit_s, "s"),
-            _figure(f"{label}: work a node", each.work_s, "s"),
-            _figure(f"{label}: memory a node", each.memory_bytes / 1e6, "MB"),
+            figure(f"{label}: stall", each.stall_s, "s"),
+            figure(f"{label}: commit", each.commit_s, "s"),
+            figure(f"{label}: work a node", each.work_s, "s"),
+            figure(f"{label}: memory a node", each.memory_bytes / 1e6, "MB"),
         ]
     return rows
 
 
 def _word(name: str) -> str:
     return {"stall_s": "stall", "commit_s": "commit", "work_s": "work a node", "memory_bytes": "memory a node"}[name]
-
-
-def _figure(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "unit": unit, "bar": bar, "holds": holds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -250,7 +246,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     sizes_mb = sorted(options.sizes_mb or (QUICK_SIZES_MB if options.quick else SIZES_MB))
     rounds = options.rounds or (2 if options.quick else 4)
-    from refound.demo.machine import environment
 
     with tempfile.TemporaryDirectory(prefix="rf-") as folder:
         os.environ["REFOUND_DIR"] = folder
@@ -262,12 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not by_ranks:
         sys.exit(f"not even {sizes_mb[0]:g} MB a rank fit into {SHARE_OF_MEMORY:.0%} of the available memory")
     rows = figures(by_size, by_ranks)
-    if options.json:
-        print(json.dumps({"figures": rows, "machine": environment()}))
-        return
-    for row in rows:
-        verdict = "" if row["holds"] is None else f"   (aim {row['bar']}: {'holds' if row['holds'] else 'missed'})"
-        print(f"{row['name']:<62} {row['value']:>10} {row['unit']}{verdict}")
+    tell(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

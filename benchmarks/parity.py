@@ -11,7 +11,6 @@ over rounds.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -23,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from _figures import figure, tell
 from refound.ckpt.agreement import Decision, SnapshotId, decide
 from refound.ckpt.attach import Attachment, attach
 from refound.ckpt.conf import PluginConfig
@@ -163,7 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--m", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    from refound.demo.machine import environment
 
     with tempfile.TemporaryDirectory(prefix="rf-") as folder:
         os.environ["REFOUND_DIR"] = folder
@@ -171,22 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ratio = median(c / u for c, u in zip(seconds["coded"], seconds["uncoded"], strict=True))
     name = f"parity of {options.state_mb:.0f} MB over {options.nodes} nodes (k={options.k}, m={options.m})"
     rows = [
-        {"name": name, "value": round(median(seconds["coded"]), 4), "unit": "s", "bar": "", "holds": None},
-        {
-            "name": "the same bytes uncoded",
-            "value": round(median(seconds["uncoded"]), 4),
-            "unit": "s",
-            "bar": "",
-            "holds": None,
-        },
-        {"name": "coded / uncoded", "value": round(ratio, 3), "unit": "x", "bar": "< 1.5", "holds": ratio < 1.5},
+        figure(name, median(seconds["coded"]), "s"),
+        figure("the same bytes uncoded", median(seconds["uncoded"]), "s"),
+        figure("coded / uncoded", ratio, "x", "< 1.5", ratio < 1.5),
     ]
-    if options.json:
-        print(json.dumps({"figures": rows, "machine": environment()}))
-        return
-    for row in rows:
-        verdict = "" if row["holds"] is None else f"   (aim {row['bar']}: {'holds' if row['holds'] else 'missed'})"
-        print(f"{row['name']:<52} {row['value']:>8} {row['unit']}{verdict}")
+    tell(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 
 import _venvs
 import restart
+from _figures import Figure, figure, tell
 from _peers import free_port
 
 RANKS = 3
@@ -133,22 +134,18 @@ def measure(name: str, width: int) -> dict[str, float]:
             return seconds
 
 
-def figures(samples: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def figures(samples: dict[str, list[dict[str, float]]]) -> list[Figure]:
+    rows: list[Figure] = []
     for name, found in samples.items():
         for what in found[0]:
             value = median(sample[what] for sample in found)
-            bar = "<= 2" if (name, what) == ("refound", "new step") else None
-            holds = value <= 2 if bar else None
-            row = {"name": f"{name}: lost rank to {what}", "value": round(value, 3), "unit": "s"}
-            rows.append({**row, "bar": bar, "holds": holds})
-    if "refound" in samples:
-        for name in samples:
-            if name != "refound":
-                pairs = zip(samples["refound"], samples[name], strict=True)
-                ratio = median(ours["new step"] / theirs["new step"] for ours, theirs in pairs)
-                row = {"name": f"refound / {name}", "value": round(ratio, 3), "unit": "x"}
-                rows.append({**row, "bar": None, "holds": None})
+            aim = ("<= 2", value <= 2) if (name, what) == ("refound", "new step") else ()
+            rows.append(figure(f"{name}: lost rank to {what}", value, "s", *aim))
+    ours = samples.get("refound", [])
+    for name in sorted(samples.keys() - {"refound"}) if ours else ():
+        pairs = zip(ours, samples[name], strict=True)
+        ratio = median(mine["new step"] / theirs["new step"] for mine, theirs in pairs)
+        rows.append(figure(f"refound / {name}", ratio, "x"))
     return rows
 
 
@@ -160,7 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=(*BUILT_IN, *RIVALS), metavar="NAME")
     parser.add_argument("--install", action="store_true", help="also those that need an environment; makes it first")
     options = parser.parse_args(arguments)
-    from refound.demo.machine import environment
 
     wanted = options.only or (*BUILT_IN, *RIVALS)
     if options.install:
@@ -179,12 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             print(f"round {number + 1}: {name} {samples[name][-1]}", file=sys.stderr, flush=True)
     rows = figures(samples)
-    if options.json:
-        print(json.dumps({"figures": rows, "machine": environment()}))
-        return
-    for row in rows:
-        verdict = "" if row["holds"] is None else f"   (aim {row['bar']}: {'holds' if row['holds'] else 'missed'})"
-        print(f"{row['name']:<42} {row['value']:>8} {row['unit']}{verdict}")
+    tell(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

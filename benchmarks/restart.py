@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from _figures import figure, tell
 from refound.demo.cluster import Cluster
 
 NODES = 3
@@ -136,16 +137,12 @@ def figures(samples: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     rows = []
     for fault in ("worker kill", "node loss"):
         for name in CONTENDERS:
-            rows.append(_figure(f"{fault} to first new step, {name}", median(s[fault] for s in samples[name]), "s"))
+            rows.append(figure(f"{fault} to first new step, {name}", median(s[fault] for s in samples[name]), "s"))
         pairs = zip(samples["refound"], samples["stock"], strict=True)
         ratio = median(ours[fault] / theirs[fault] for ours, theirs in pairs)
         bar = ("<= 1.3", ratio <= 1.3) if fault == "worker kill" else ("", None)
-        rows.append(_figure(f"{fault}, refound / stock", ratio, "x", *bar))
+        rows.append(figure(f"{fault}, refound / stock", ratio, "x", *bar))
     return rows
-
-
-def _figure(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 3), "unit": unit, "bar": bar, "holds": holds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,7 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         worker(options)
         return
-    from refound.demo.machine import environment
 
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
@@ -168,12 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples[name].append(measure(name, options.width))
             print(f"round {number + 1}: {name} {samples[name][-1]}", file=sys.stderr, flush=True)
     rows = figures(samples)
-    if options.json:
-        print(json.dumps({"figures": rows, "machine": environment()}))
-        return
-    for row in rows:
-        verdict = "" if row["holds"] is None else f"   (aim {row['bar']}: {'holds' if row['holds'] else 'missed'})"
-        print(f"{row['name']:<42} {row['value']:>8} {row['unit']}{verdict}")
+    tell(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

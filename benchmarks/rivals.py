@@ -30,6 +30,7 @@ from statistics import mean, median
 from typing import Any, Protocol
 
 import _venvs
+from _figures import figure, tell
 
 BUILT_IN = ("refound", "dcp-thread", "dcp-process", "dcp", "torch.save")
 LAYERS = 8
@@ -302,7 +303,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         worker(options)
         return
-    from refound.demo.machine import environment
 
     chosen = options.only or [name for name in SAVERS if name in BUILT_IN or options.install or _venvs.installed(name)]
     if options.install:
@@ -319,31 +319,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 del runs[name]
     measured = {name: figures(name, found) for name, found in runs.items()}
     rows = [
-        {"name": f"{name} {what}", "value": round(found[key], 4), "unit": unit, "bar": None, "holds": None}
+        figure(f"{name} {what}", found[key], unit)
         for name, found in measured.items()
         for what, key, unit in (("stall of a save", "stall_ms", "ms"), ("step with / without saving", "slowdown", "x"))
     ]
-    if "refound" in measured:
-        for name in measured:
-            if name != "refound":
-                ratio = measured["refound"]["stall_ms"] / max(measured[name]["stall_ms"], 1e-9)
-                bar = "<= 0.1" if name in ("dcp-thread", "dcp-process") else None
-                label = f"stall refound / {name}"
-                rows.append(
-                    {
-                        "name": label,
-                        "value": round(ratio, 4),
-                        "unit": "x",
-                        "bar": bar,
-                        "holds": ratio <= 0.1 if bar else None,
-                    }
-                )
-    if options.json:
-        print(json.dumps({"figures": rows, "machine": environment()}))
-        return
-    for row in rows:
-        verdict = "" if row["holds"] is None else f"   (aim {row['bar']}: {'holds' if row['holds'] else 'missed'})"
-        print(f"{row['name']:<44} {row['value']:>10} {row['unit']}{verdict}")
+    for name in measured if "refound" in measured else ():
+        if name != "refound":
+            ratio = measured["refound"]["stall_ms"] / max(measured[name]["stall_ms"], 1e-9)
+            aim = ("<= 0.1", ratio <= 0.1) if name in ("dcp-thread", "dcp-process") else ()
+            rows.append(figure(f"stall refound / {name}", ratio, "x", *aim))
+    tell(rows, as_json=options.json)
 
 
 if __name__ == "__main__":

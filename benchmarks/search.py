@@ -12,7 +12,6 @@ A run that was cut off goes on.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,6 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from _figures import figure, tell
+
 BASELINES = ("uniform width", "depth only", "Minitron-style")
 
 
@@ -30,14 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder)
         rows = [*solver_figures(), *search_figures(options, out)]
-    if options.json:
-        from refound.demo.machine import environment
-
-        print(json.dumps({"figures": rows, "machine": environment()}))
-        return
-    for row in rows:
-        verdict = "" if row["holds"] is None else f"   (aim {row['bar']}: {'holds' if row['holds'] else 'missed'})"
-        print(f"{row['name']:<58} {row['value']:>10} {row['unit']}{verdict}")
+    tell(rows, as_json=options.json)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,8 +59,8 @@ def solver_figures() -> list[dict[str, Any]]:
     proven = isinstance(found, Solution) and found.proven
     gap = found.gap if isinstance(found, Solution) else float("inf")
     return [
-        _figure("HiGHS, 80 layers x 54 options, 3 limits", seconds, "s", "<= 2, proven", proven and seconds <= 2),
-        _figure("HiGHS, gap that was left", gap, ""),
+        figure("HiGHS, 80 layers x 54 options, 3 limits", seconds, "s", "<= 2, proven", proven and seconds <= 2),
+        figure("HiGHS, gap that was left", gap, ""),
     ]
 
 
@@ -206,25 +200,25 @@ def perplexities(model: Any, teacher: Any) -> dict[str, float]:
 def quality_figures(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     rows, own = [], found["searched"]
     for name, told in found.items():
-        rows.append(_figure(f"{name}: parameters", told["parameters"] / 1e6, "M"))
-        rows.append(_figure(f"{name}: KL before distillation", told["before"], "nats"))
-        rows.append(_figure(f"{name}: KL", told["after"], "nats"))
-        rows.append(_figure(f"{name}: standard error of it", told["se"], "nats"))
-        rows += [_figure(f"{name}: perplexity on {source}", value, "") for source, value in told["perplexity"].items()]
+        rows.append(figure(f"{name}: parameters", told["parameters"] / 1e6, "M"))
+        rows.append(figure(f"{name}: KL before distillation", told["before"], "nats"))
+        rows.append(figure(f"{name}: KL", told["after"], "nats"))
+        rows.append(figure(f"{name}: standard error of it", told["se"], "nats"))
+        rows += [figure(f"{name}: perplexity on {source}", value, "") for source, value in told["perplexity"].items()]
     uniform = own["after"] / found["uniform width"]["after"]
     best = own["after"] / min(found["depth only"]["after"], found["Minitron-style"]["after"])
-    rows.append(_figure("KL of the searched child / uniform width", uniform, "x", "<= 0.6", uniform <= 0.6))
-    rows.append(_figure("KL of the searched child / best other baseline", best, "x", "<= 0.8", best <= 0.8))
+    rows.append(figure("KL of the searched child / uniform width", uniform, "x", "<= 0.6", uniform <= 0.6))
+    rows.append(figure("KL of the searched child / best other baseline", best, "x", "<= 0.8", best <= 0.8))
     return rows
 
 
 def speed_figures(told: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, speed in told["children"][0]["speed"].items():
-        rows.append(_figure(f"speed-up of {name}, measured", speed["speedup"], "x"))
-        rows.append(_figure(f"speed-up of {name}, predicted", speed["predicted_speedup"], "x"))
+        rows.append(figure(f"speed-up of {name}, measured", speed["speedup"], "x"))
+        rows.append(figure(f"speed-up of {name}, predicted", speed["predicted_speedup"], "x"))
         off = abs(speed["error"])
-        rows.append(_figure(f"speed-up of {name}, measured off the predicted", off, "x", "<= 0.1", off <= 0.1))
+        rows.append(figure(f"speed-up of {name}, measured off the predicted", off, "x", "<= 0.1", off <= 0.1))
     return rows
 
 
@@ -325,10 +319,6 @@ def _narrowed(
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _figure(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "unit": unit, "bar": bar, "holds": holds}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from _figures import figure, tell
+
 MAX_WAIT_S = 3600.0
 NODES = 3
 COPY_ROUNDS = 7
@@ -163,19 +165,15 @@ def figures(mode: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
     plain_s = median(s for block in blocks if not block["snapshots"] for s in block["step_s"])
     copy = measured["copy"]
     return [
-        _figure(f"{mode} step with / without snapshots", median(ratios), "x", "<= 1.05", median(ratios) <= 1.05),
-        _figure(f"{mode} stall / step", median(fractions), "x", "<= 0.01", median(fractions) <= 0.01),
-        _figure(f"{mode} stall", median(stalls_ms), "ms"),
-        _figure(f"{mode} step without snapshots", plain_s, "s"),
-        _figure(f"{mode} shard of rank 0", copy["size_gb"], "GB"),
-        _figure(f"{mode} copy with checksums / memcpy", copy["ratio"], "x"),
-        _figure(f"{mode} copy with checksums", copy["fill_gb_s"], "GB/s"),
-        _figure(f"{mode} memcpy", copy["memcpy_gb_s"], "GB/s"),
+        figure(f"{mode} step with / without snapshots", median(ratios), "x", "<= 1.05", median(ratios) <= 1.05),
+        figure(f"{mode} stall / step", median(fractions), "x", "<= 0.01", median(fractions) <= 0.01),
+        figure(f"{mode} stall", median(stalls_ms), "ms"),
+        figure(f"{mode} step without snapshots", plain_s, "s"),
+        figure(f"{mode} shard of rank 0", copy["size_gb"], "GB"),
+        figure(f"{mode} copy with checksums / memcpy", copy["ratio"], "x"),
+        figure(f"{mode} copy with checksums", copy["fill_gb_s"], "GB/s"),
+        figure(f"{mode} memcpy", copy["memcpy_gb_s"], "GB/s"),
     ]
-
-
-def _figure(name: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "unit": unit, "bar": bar, "holds": holds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -194,15 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.worker:
         worker(options)
         return
-    from refound.demo.machine import environment
 
     rows = [row for mode in options.modes for row in figures(mode, run(mode, options))]
-    if options.json:
-        print(json.dumps({"figures": rows, "machine": environment()}))
-        return
-    for row in rows:
-        verdict = "" if row["holds"] is None else f"   (aim {row['bar']}: {'holds' if row['holds'] else 'missed'})"
-        print(f"{row['name']:<42} {row['value']:>10} {row['unit']}{verdict}")
+    tell(rows, as_json=options.json)
 
 
 if __name__ == "__main__":
