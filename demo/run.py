@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: the same training twice, once undisturbed and once through faults, and are the bits the same?"""
 
-import fcntl
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ..ckpt.faults import Fault
 from ..distill.corpus import corpus_directory
+from ..distill.exclusive import only_one
 from .cluster import Cluster
 from .compare import compare_runs
 from .config import DemoConfig
@@ -75,7 +75,7 @@ def stage(config: DemoConfig, progress: Progress) -> Iterator[None]:
         DemoError: if memory, a package or the directory is missing, or another demo is running there.
     """
     check_memory(config, available_bytes())
-    with _ending_in_order(), _only_one(config.out):
+    with _ending_in_order(), only_one(config.out, "demo", "--out", taken=RunFailedError, unwritable=RunFailedError):
         progress.say(f"preparing the model and the text ({'tiny' if config.tiny else 'SmolLM2-135M'})")
         corpus_directory(model_directory(tiny=config.tiny), tiny=config.tiny)
         yield
@@ -142,21 +142,6 @@ def _clear(directory: Path, nodes: int) -> None:
     for path in old:
         path.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise RunFailedError(f"cannot write {out}: {error.strerror}. Choose another directory with --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFailedError(f"another demo is running in {out}; wait for it, or choose another --out") from error
-        yield
 
 
 @contextmanager

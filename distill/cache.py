@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..export.atomic import sync, sync_one
 from .errors import CacheWriteError
 
 
@@ -50,9 +51,9 @@ def _build(final: Path, build: Callable[[Path], None]) -> None:
     part = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".part", dir=final.parent))
     try:
         build(part)
-        _sync(part)
+        sync(part)
         part.rename(final)
-        _sync_one(final.parent)
+        sync_one(final.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _unwritable(final.parent, error) from error
@@ -66,17 +67,3 @@ def _unwritable(root: Path, error: OSError) -> CacheWriteError:
         f"cannot write into the cache {root}: {error.strerror}. "
         "Nothing was left behind; set XDG_CACHE_HOME to a directory with room that you can write, and run again"
     )
-
-
-def _sync(directory: Path) -> None:
-    # Rename alone may reach the disk before the contents do.
-    for path in (*directory.rglob("*"), directory):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..ckpt.position import Position
+from ..export.atomic import require_absent
 from ..export.directory import ModelDirectory
 from .chunked import HeadLoss, head_loss
 from .config import DistillConfig, Training, digest
@@ -108,6 +109,7 @@ def distill(config: DistillConfig, progress: Progress, *, alone: bool = False) -
     if (done := _finished(config, run)) is not None:
         progress(f"{config.out} is the result of this very run already")
         return done
+    require_absent(config.out, overwrite=config.overwrite)
     model = load(teacher)
     store = None
     if config.logits is not None:
@@ -215,7 +217,8 @@ class _Loop:
 
     def run(self, steps: int, progress: Progress) -> Distilled:
         training, curve = self._training, [(0, self.before)]
-        tokens_a_step, seen = training.length * training.batch, 0
+        tokens_a_step = training.length * training.batch
+        seen = self._guard.step * tokens_a_step // training.quality_every
         if self._guard.step:
             progress(f"going on from step {self._guard.step} of {steps}")
         while self._guard.step < steps:

@@ -31,19 +31,15 @@ def fresh_directory(final: Path, *, overwrite: bool) -> Iterator[Path]:
     part, old, _ = _aside(final)
     with _only_writer(final):
         try:
-            recover(final)
-            if final.exists() and not overwrite:
-                raise OutputExistsError(
-                    f"{final} is there already and is something else; say --overwrite to replace it"
-                )
+            require_absent(final, overwrite=overwrite)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             yield part
-            _sync(part)
+            sync(part)
             if final.exists():
                 final.rename(old)
             part.rename(final)
-            _sync_one(final.parent)
+            sync_one(final.parent)
         except OSError as error:
             if not isinstance(error, ExportError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
                 raise OutputSpaceError(f"cannot write {final}: {error.strerror}. Nothing was left behind") from error
@@ -77,11 +73,23 @@ def _only_writer(final: Path) -> Iterator[None]:
             path.unlink()
 
 
+def require_absent(final: Path, *, overwrite: bool) -> None:
+    """Before long work too, so that nobody learns at its end that it has nowhere to go.
+
+    Raises:
+        OutputExistsError: if `final` is there and `overwrite` is not given.
+    """
+    recover(final)
+    if final.exists() and not overwrite:
+        raise OutputExistsError(f"{final} is there already and is something else; say --overwrite to replace it")
+
+
 def recover(final: Path) -> None:
     """Put back what was set aside by a writer that was killed between two renames."""
     _, old, _ = _aside(final)
     if old.exists() and not final.exists():
-        old.rename(final)
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            old.rename(final)
 
 
 def require_space(parent: Path, needed_bytes: int) -> None:
@@ -106,13 +114,13 @@ def size_text(size_bytes: int) -> str:
     return f"{size_bytes} B"
 
 
-def _sync(directory: Path) -> None:
-    # Rename alone may reach the disk before the contents do.
+def sync(directory: Path) -> None:
+    """All in it and itself, to the disk: a rename alone may get there before the contents do."""
     for path in (*directory.rglob("*"), directory):
-        _sync_one(path)
+        sync_one(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -315,6 +315,8 @@ def write_nemotron(decoder: Decoder) -> dict[str, Any]:
     """
     if decoder.family != "llama":
         raise ValueError(f"nemotron-nas has Llama blocks only; this is {decoder.family}")
+    if any(layer.attention.window for layer in decoder.layers):
+        raise ValueError("nemotron-nas has no words for attention windows")
     return _common(decoder) | {
         "architectures": [NEMOTRON],
         "model_type": "nemotron-nas",

@@ -2,7 +2,6 @@
 """The processes of a search: one, or those that torchrun started, which deal the jobs out and wait for each other."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..distill.exclusive import only_one
 from .errors import OtherSearchError, StoreError
 
 _PATIENCE = timedelta(hours=12)
@@ -46,24 +46,11 @@ def joined() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def only_search(out: Path) -> Iterator[None]:
+def only_search(out: Path) -> contextlib.AbstractContextManager[None]:
     """Holds the output directory against another search, by a lock that the kernel drops with its holder.
 
     Raises:
         OtherSearchError: if another one writes there now.
         StoreError: if the directory cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise StoreError(f"cannot write {out}: {error.strerror}. Choose another with --set out=DIRECTORY") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OtherSearchError(
-                f"another search writes {out} right now; wait for it, or choose another out"
-            ) from error
-        yield
+    return only_one(out, "search", "--set out=DIRECTORY", taken=OtherSearchError, unwritable=StoreError)

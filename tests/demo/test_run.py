@@ -42,7 +42,7 @@ def test_a_schedule_that_cannot_be_is_refused_before_anything_starts(
 def test_two_demos_in_one_directory_do_not_mix(tmp_path: Path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DemoError, match="another demo is running"):
+        with pytest.raises(DemoError, match="another demo writes"):
             run_demo(DemoConfig(tiny=True, out=tmp_path))
 
 

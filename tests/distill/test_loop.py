@@ -17,6 +17,7 @@ from refound.distill.loop import distill, learning_rate
 from refound.distill.models import load, open_blocks, positions_of, states_of
 from refound.distill.resume import STATE, state_folder
 from refound.export.architecture import FFN, Attention
+from refound.export.errors import OutputExistsError
 from transformers import AutoModelForCausalLM
 
 from ..export.models import decoder, with_layer, write_model
@@ -85,6 +86,17 @@ def test_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(models: tuple[Pa
     assert said[0] == "going on from step 6 of 10"
     whole, killed = (tmp_path / name / "model.safetensors" for name in ("whole", "killed"))
     assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_a_result_with_nowhere_to_go_is_refused_before_the_work(models: tuple[Path, Path], tmp_path: Path) -> None:
+    out, said = tmp_path / "out", list[str]()
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        distill(config(models, out), said.append)
+    assert not said and (out / "mine").read_text() == "kept"
+    distill(replace(config(models, out), overwrite=True), said.append)
+    assert open_blocks(out).decoder == open_blocks(models[1]).decoder and not (out / "mine").exists()
 
 
 def test_a_state_of_another_run_or_a_damaged_one_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:

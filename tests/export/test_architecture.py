@@ -70,6 +70,12 @@ def test_ffn_mult_says_every_multiple_of_256(width: int, hidden: int) -> None:
         assert -(-int(2 * multiple * hidden / 3) // 256) * 256 == width
 
 
+def test_nemotron_has_no_words_for_windows():
+    model = with_layer(decoder(layers=2), 1, attention=Attention(kv_heads=1, window=64))
+    with pytest.raises(ValueError, match="windows"):
+        write_nemotron(model)
+
+
 def test_settings_of_transformers_4_are_read() -> None:
     raw = write_config(decoder())
     old = {key: value for key, value in raw.items() if key not in ("rope_parameters", "dtype")}
