@@ -23,7 +23,9 @@ def only_one(
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
     except OSError as error:
-        raise unwritable(f"cannot write {directory}: {error.strerror}. Choose another directory with {option}") from error
+        raise unwritable(
+            f"cannot write {directory}: {error.strerror}. Choose another directory with {option}"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,8 +12,8 @@ from .cluster import PATIENCE_S
 
 
 @pytest.fixture
-def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a job whose agents this process plays; its snapshot processes are gone afterwards."""
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Client]]:
+    """All connections of the test, which drops them as a process that dies would; here they are closed."""
     made: list[Client] = []
     real = Client.__init__
 
@@ -22,9 +22,17 @@ def job(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         made.append(self)
 
     monkeypatch.setattr(Client, "__init__", init)
+    yield made
+    for client in made:
+        client.close()
+
+
+@pytest.fixture
+def job(request: pytest.FixtureRequest, clients: list[Client]) -> Iterator[str]:
+    """The name of a job whose agents this process plays; its snapshot processes are gone afterwards."""
     name = f"{request.module.__name__.rpartition('.')[2]}-{request.node.name}"[:60]
     yield name
-    for client in made:  # the agent that this process plays has no end of its own
+    for client in clients:  # the agent that this process plays has no end of its own
         client.close()
     stop_job(name)
     while attach_module._started:

@@ -29,28 +29,14 @@ from refound.ckpt.stripes import BUCKET_BYTES
 
 PATIENCE_S = 30.0
 
+pytestmark = pytest.mark.usefixtures("clients")
+
 
 def eventually(look, what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not look():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
-
-
-@pytest.fixture(autouse=True)
-def _no_client_is_left_open(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tests drop their connections as a process that dies would; the test process must close them."""
-    made: list[Client] = []
-    real = Client.__init__
-
-    def init(self: Client, path: Path) -> None:
-        real(self, path)
-        made.append(self)
-
-    monkeypatch.setattr(Client, "__init__", init)
-    yield
-    for client in made:
-        client.close()
 
 
 @pytest.fixture
