@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-FAILED, DAMAGE = 1, 3
+from .exits import DAMAGE, FAILED
 
 
 def run_job_tier(runs: int, seed: int, out: Path, as_json: bool, *, most: int, full: bool, dry_run: bool) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line and nothing else: what is typed, what is printed, the exit code.
+"""The command line and nothing else: what is typed, what is printed, the exit code. Models have `cli_models.py`.
 
 What is heavy is imported inside the command that needs it: `--help`, `doctor` and `status` start fast.
 """
@@ -17,13 +17,10 @@ from typing import Any
 import click
 
 from . import __version__
-from .ckpt.errors import ConfigError, DamageError, SnapshotError
-from .distill.errors import DistillError
-from .export.errors import ExportError
-from .nas.errors import SearchError
+from .ckpt.errors import SnapshotError
+from .cli_models import bench, distill, export, search
+from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
 from .plan_settings import SETTINGS, Setting
-
-FAILED, USAGE, DAMAGE = 1, 2, 3
 
 _EPILOG = """\b
 Exit codes:
@@ -35,38 +32,8 @@ Exit codes:
 """
 
 
-class _UsageError(click.ClickException):
-    exit_code = USAGE
-
-
-class _DamageFound(click.ClickException):
-    exit_code = DAMAGE
-
-
-class _Failed(click.ClickException):
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # pyright: ignore[reportAttributeAccessIssue]  # click reads it from the instance
-
-
-class _Commands(click.Group):
-    """Turns the errors that are the user's to solve into one line and the exit code that belongs to them."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (ExportError, DistillError, SearchError) as error:
-            raise _Failed(str(error), error.exit_code) from error
-        except ConfigError as error:
-            raise _UsageError(str(error)) from error
-        except DamageError as error:
-            raise _DamageFound(str(error)) from error
-        except SnapshotError as error:
-            raise click.ClickException(str(error)) from error
-
-
 @click.group(
-    cls=_Commands,
+    cls=Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=_EPILOG,
@@ -383,7 +350,7 @@ def repair(path: Path, as_json: bool) -> None:
     checkpoints = find_checkpoints(path)
     if checkpoints != [path]:
         names = ", ".join(checkpoint.name for checkpoint in checkpoints)
-        raise _UsageError(f"{path} holds several checkpoints; name one of {names}. See: refound verify {path}")
+        raise UsageError(f"{path} holds several checkpoints; name one of {names}. See: refound verify {path}")
     try:
         done = mend(path)
     except OSError as error:
@@ -470,222 +437,5 @@ def stop(job: str, force: bool) -> None:
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
 
 
-@main.command(short_help="Write a model for serving engines, and prove that it computes the same.")
-@click.argument("source", metavar="MODEL|CHECKPOINT|JOB|ADAPTER")
-@click.option("--like", type=click.Path(path_type=Path), help="For weights from training, or an adapter: its base.")
-@click.option("--merge", is_flag=True, help="Write an adapter's base with the adapter in its weights.")
-@click.option("--to", "engines", required=True, metavar="ENGINE[,ENGINE…]", help="transformers, vllm, llama.cpp, …")
-@click.option("--check", is_flag=True, help="Only say what fits these engines, a sentence a layer; reads config.json.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: …-export]")
-@click.option("--family", default="", help="Write experts in this layout, where exact: mixtral, qwen2_moe, qwen3_moe.")
-@click.option(
-    "--quantize", default="none", show_default=True, help="f32, bf16, f16; int8, int4; GGUF: q8_0, q6_k, q5_k, q4_k."
-)
-@click.option("--verify/--no-verify", default=None, help="With all engines, or none.  [default: those installed]")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
-@click.option("--dry-run", is_flag=True, help="Print files, bytes and engine fit, and write nothing.")
-@click.option("--no-tokenizer", is_flag=True, help="Export a model that has none; prompts are token ids then.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def export(
-    source: str,
-    like: Path | None,
-    engines: str,
-    check: bool,
-    merge: bool,
-    out: Path | None,
-    family: str,
-    quantize: str,
-    verify: bool | None,
-    overwrite: bool,
-    dry_run: bool,
-    no_tokenizer: bool,
-    as_json: bool,
-) -> None:
-    """Write a model as each engine loads it, run it there, and compare greedy tokens.
-
-    MODEL: a Hugging Face directory. CHECKPOINT: one of refound, of DCP (FSDP2) or of DeepSpeed ZeRO, or a directory of
-    them. JOB: the newest snapshot in the memory of a job that trains on this machine. What comes from training is
-    weights only; configuration and tokenizer are those of --like, or of a config.json that lies with the checkpoint.
-    ADAPTER: a PEFT directory with LoRA, to be served beside the base that --like names, or merged into it.
-
-    \b
-    Examples:
-      refound export MODEL --to vllm,llama.cpp                   two directories in MODEL-export/
-      refound export MODEL --to llama.cpp --quantize q8_0        GGUF with 8 bits a weight
-      refound export MODEL --to vllm,llama.cpp --check           what fits, and what would be written instead
-      refound export MODEL --to transformers --dry-run           files and bytes
-      refound export my-job --like MODEL --to vllm               from memory, while it trains
-      refound export ADAPTER --like MODEL --to vllm,llama.cpp    beside MODEL; with --merge as a model
-
-    Exit code 3 if an engine cannot represent the model, if its files are damaged, or if the export does not compute
-    what the source does; nothing is kept then. Run again after a kill, it keeps the parts that are done.
-    """
-    from dataclasses import replace
-
-    from . import sources
-    from .export import report
-    from .export.adapter_export import AdaptersDone, export_adapter
-    from .export.engines import find_engines
-    from .export.plan import ExportConfig
-
-    names = find_engines(engines)
-    if check:
-        fit = report.check(sources.configuration_of(source, like), names)
-        click.echo(json.dumps(fit.to_json(), indent=2) if as_json else fit.to_text())
-        sys.exit(0 if fit.fits else DAMAGE)
-    config = ExportConfig(
-        model=Path(source),
-        engines=names,
-        out=out or sources.default_out(source),
-        family=family,
-        quantize=quantize,
-        verify=verify,
-        overwrite=overwrite,
-        tokenizer=not no_tokenizer,
-    )
-    found: report.Planned | report.Done | AdaptersDone
-    adapter = sources.beside_base(source, like, merge=merge)
-    if adapter and dry_run:
-        raise _UsageError("--dry-run is for models; an adapter that is exported on its own is copied as it is")
-    if adapter:
-        found = export_adapter(config, *adapter, lambda line: click.echo(line, err=True))
-    elif dry_run:
-        with sources.planned(source, like) as directory:
-            found = report.plan(config, directory)
-    else:
-        with sources.model_directory(source, like, config.out) as made:
-            config = replace(config, model=made.model, origin=made.told)
-            found = report.export(config, lambda line: click.echo(line, err=True))
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
-
-
-@main.command(short_help="Measure an engine on a model, and find its best settings.")
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--engine", default="transformers", show_default=True, help="transformers, vllm or llama.cpp.")
-@click.option("--length", default=128, show_default=True, help="Tokens of a prompt.")
-@click.option("--batch", default=1, show_default=True, help="Prompts at a time.")
-@click.option("--new-tokens", default=32, show_default=True, help="Tokens to decode for each.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="With so many, and all else as usual.  [default: searched for]"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def bench(
-    model: Path, engine: str, length: int, batch: int, new_tokens: int, threads: int | None, as_json: bool
-) -> None:
-    """Measure prefill and decode of MODEL (a directory, or a GGUF file) in an engine on this machine.
-
-    Threads, and the engine's own settings (llama.cpp: type of the cache, size of a batch; others: type of numbers) are
-    searched for, guided by all earlier runs, which are kept. Types below float32 round; refound export says how much.
-
-    \b
-    Examples:
-      refound bench MODEL-export/gguf/model-f32.gguf --engine llama.cpp
-      refound bench MODEL --engine vllm --batch 8 --length 512
-    """
-    from dataclasses import asdict
-
-    from .export import bench as measuring
-    from .export.engines import find_engines
-
-    (name,) = find_engines(engine)
-    config = measuring.BenchConfig(
-        model=model, engine=name, length=length, batch=batch, new_tokens=new_tokens, threads=threads
-    )
-    found = measuring.bench(config, lambda line: click.echo(line, err=True))
-    told = {"schema": measuring.SCHEMA, "measured": [asdict(one) for one in found]}
-    click.echo(json.dumps(told, indent=2) if as_json else measuring.to_text(found))
-
-
-@main.command(short_help="Find the best smaller model for a budget, and prove it.")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "settings", multiple=True, metavar="A.B=VALUE", help="Change a setting; again for more.")
-@click.option("--toy", is_flag=True, help="The small search in the recipe's [toy] table.")
-@click.option("--dry-run", is_flag=True, help="Print jobs, hours and bytes, and do nothing.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def search(recipe: Path, settings: tuple[str, ...], toy: bool, dry_run: bool, as_json: bool) -> None:
-    """Search for children of a teacher: which attention and FFN each layer keeps, within the budget in RECIPE.
-
-    \b
-    Examples:
-      refound search recipes/smollm2.toml --dry-run
-      refound search recipes/smollm2.toml --toy
-      refound search recipes/smollm2.toml --set budget.parameters=60% --set out=runs/sixty
-      torchrun --nproc-per-node 4 -m refound search recipes/smollm2.toml
-
-    Killed at any moment, the same command goes on: what is done is kept. Children, search.json and report.html go into
-    the recipe's `out`. The settings: docs/search.md. Exit code 3 if no child meets the budget; the message says which
-    limit is why, and the nearest budget that can be met. 75 if a result could not be written.
-    """
-    from .distill.packages import require
-    from .nas.recipe import read_recipe
-
-    wanted = read_recipe(recipe, settings, toy=toy)
-    require("scipy", "transformers", "tokenizers", "safetensors")
-    from .nas.search import plan_search, run_search
-
-    if dry_run:
-        plan = plan_search(wanted)
-        click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan.to_text())
-        return
-    found = run_search(wanted, lambda line: click.echo(line, err=True))
-    if found is None:
-        return  # another rank tells it
-    from .nas import report
-
-    told, pictures = report.write_report(found)
-    click.echo(json.dumps(report.to_json(found), indent=2) if as_json else report.to_text(found))
-    click.echo(f"{told}\n{pictures}", err=True)
-
-
-@main.command(short_help="Train a child to think like its teacher again.")
-@click.argument("child", type=click.Path(path_type=Path))
-@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="The model directory it came from.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where to.")
-@click.option(
-    "--text", "sources", multiple=True, help="A source or file; again for more.  [default: Python's own docs]"
-)
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="tokens, length, batch, lr, kl, cosine, …")
-@click.option("--seed", default=0, show_default=True, help="Of the order of the text.")
-@click.option("--logits", type=click.Path(file_okay=False, path_type=Path), help="Keep the teacher's logits here.")
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def distill(
-    child: Path,
-    teacher: Path,
-    out: Path,
-    sources: tuple[str, ...],
-    settings: tuple[str, ...],
-    seed: int,
-    logits: Path | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Distil TEACHER into CHILD: divergence of the logits and cosine of all hidden states, over text seen once.
-
-    \b
-    Examples:
-      refound distill runs/search/children/1 --teacher MODEL --out better --set tokens=200000
-      refound distill CHILD --teacher MODEL --out better --text bible --text notes.txt --set divergence=jsd
-
-    Killed, the same command goes on from the last state, with the bits of the undisturbed run. The settings:
-    docs/search.md.
-    """
-    from .distill.config import DistillConfig, read_training
-    from .distill.packages import require
-
-    require("transformers", "tokenizers", "safetensors")
-    config = DistillConfig(
-        child=child,
-        teacher=teacher,
-        out=out,
-        sources=sources or DistillConfig.sources,
-        training=read_training(settings),
-        seed=seed,
-        logits=logits,
-        overwrite=overwrite,
-    )
-    from .distill.loop import run_distillation
-
-    outcome = run_distillation(config, lambda line: click.echo(line, err=True))
-    if outcome is not None:
-        click.echo(json.dumps({"schema": 1, **outcome.to_json()}) if as_json else str(outcome))
+for command in (export, bench, search, distill):
+    main.add_command(command)
