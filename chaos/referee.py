@@ -105,6 +105,8 @@ class Referee:
                 self._safe = SnapshotId(generation=self._generation, step=step)
             for fault in [f for f in self._armed if f.at == point]:
                 self._fall(fault)
+        # Workers hear of a commit a moment before their nodes are past it.
+        self._until(lambda: not any(f.at == "committed" and f.nth == 1 for f in self._armed), "nodes to be past it")
         self._lost = {position: at for position, at in self._lost.items() if at >= take}
         if self._schedule.disk:
             self._until(lambda: self._is_on_disk(step), f"the checkpoint of step {step}")
