@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = ("adapters", "ckpt", "demo", "distill", "erasure", "export", "nas")
+ROOMS = ("adapters", "chaos", "ckpt", "demo", "distill", "erasure", "export", "nas")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,6 +27,12 @@ def _private_runtime() -> Iterator[None]:
     # The last snapshot process of a job takes the folder with it.
     if Path(folder).exists():
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_reaches_what_is_started() -> None:
+    """A shell without job control starts what is in the background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
