@@ -5,6 +5,7 @@ import fcntl
 import hmac
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -37,6 +38,10 @@ class Attachment:
         self.job, self.node = job, node
         self.path = socket_path(job, node)
 
+    def at_rendezvous(self) -> None:
+        """Let the other nodes hear that this one's workers have stopped."""
+        self._client.call({"op": "rendezvous"})
+
     def inventory(self, secret: str = "") -> NodeView:
         """End the old generation on this node and learn what the node holds."""
         reply, _, _ = self._client.call({"op": "inventory"})
@@ -60,6 +65,21 @@ class Attachment:
             return False
 
     @property
+    def heartbeat_s(self) -> float:
+        """How long a node may be silent."""
+        return self._conf.heartbeat_s
+
+    @property
+    def warm_spares(self) -> int:
+        """How many processes wait beside each worker."""
+        return self._conf.warm_spares
+
+    @property
+    def hang_s(self) -> float:
+        """How long a worker may go without a step; 0: as long as it likes."""
+        return self._conf.hang_s
+
+    @property
     def lease_s(self) -> float:
         """How long the memory is kept when the agent has gone."""
         return self._conf.lease_s
@@ -67,9 +87,9 @@ class Attachment:
     def leave(self, *, success: bool) -> None:
         """The agent is about to end. After success nothing of the job is needed any more."""
         try:
+            self._client.sock.settimeout(_START_TIMEOUT.total_seconds())  # it may have been stopped
             self._client.call({"op": "leave", "success": success})
             if success:
-                self._client.sock.settimeout(_START_TIMEOUT.total_seconds())
                 self._client.sock.recv(1)  # its end of the socket closes when it has cleaned up
         except OSError as error:
             print(f"refound: the snapshot process of {self.node!r} could not be told: {error}", file=sys.stderr)
@@ -186,11 +206,13 @@ def _start(job: str, node: str, address: str, conf: PluginConfig, path: Path) ->
                 pass_fds=(write_fd,),
             )
         os.close(write_fd)
-        if os.read(read_fd, 5) != b"ready":
+        ready, _, _ = select.select([read_fd], [], [], _START_TIMEOUT.total_seconds())
+        if not ready or os.read(read_fd, 5) != b"ready":
+            process.kill()  # which has happened already unless it hangs
             process.wait()
+            what = "did not start" if ready else f"did not start within {_START_TIMEOUT.total_seconds():.0f} s"
             raise ConfigError(
-                f"the snapshot process of node {node!r} did not start: {log.read_text()[-2000:].strip()}. "
-                "Run: refound doctor"
+                f"the snapshot process of node {node!r} {what}: {log.read_text()[-2000:].strip()}. Run: refound doctor"
             )
     except OSError as error:
         raise ConfigError(f"the snapshot process of node {node!r} could not be started: {error}") from error

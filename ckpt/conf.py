@@ -38,6 +38,12 @@ class PluginConfig:
     """Parity nodes of a sharding group, the number of nodes that may be lost at once. -1: chosen."""
     lease_s: float = 600.0
     """Seconds a snapshot process keeps its memory when neither agent nor worker is left."""
+    heartbeat_s: float = 3.0
+    """Seconds of silence after which the other nodes go on without a node. 0: never."""
+    hang_s: float = 0.0
+    """Seconds without a step after which a worker is killed, to be started again. 0: never."""
+    warm_spares: int = 0
+    """Processes with all imports done that wait beside each worker, for a restart to begin from. 0: none."""
     checkpoint_dir: str = ""
     """Directory for checkpoints on storage that all nodes see. Empty: none are written."""
     checkpoint_every_s: float = 600.0
@@ -94,7 +100,16 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         problems.append("k must be at least 1 and m at least 0")
     problems += [
         f"{key} must not be negative"
-        for key in ("lease_s", "checkpoint_every_s", "checkpoint_every_steps", "parity_rate_mb_s", "scrub_mb_s")
+        for key in (
+            "lease_s",
+            "heartbeat_s",
+            "hang_s",
+            "warm_spares",
+            "checkpoint_every_s",
+            "checkpoint_every_steps",
+            "parity_rate_mb_s",
+            "scrub_mb_s",
+        )
         if not values.get(key, 0) >= 0
     ]
     if not 0 <= values.get("metrics_port", 0) <= 65535:

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from . import fence, wire
+from . import fence, last_words, pulse, wire
 from .agreement import SnapshotId
 from .errors import ProtocolError, SnapshotError
+from .hang import Hangs
 from .held import Held, pack_record
 from .inspection import Inspection
 from .keeper import Keeper
 from .listening import accept_forever
+from .preload import MOST_NAMES
 from .restore import Restore
 from .server import checked_replicas
 from .slots import Segment
@@ -45,10 +47,13 @@ class Door:
         stop: Callable[[], None],
         restore: Callable[[], Restore],
         finished: Callable[[SnapshotId], None],
+        hangs: Hangs,
     ) -> None:
         self._keeper, self._agent, self._stop, self._restore = keeper, agent, stop, restore
-        self._finished = finished
+        self._finished, self._hangs = finished, hangs
         self._inspection = Inspection(keeper)
+        self._imported: list[str] = []
+        """What a worker of this node had imported by its third step, for the next ones to find it done."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         beside = path.with_suffix(".new")
         beside.unlink(missing_ok=True)
@@ -113,6 +118,18 @@ class Door:
             return self.status(), b"", []
         if op in ("verify", "keep", "look"):
             return self._handle_look(caller, message)
+        if op == "step":
+            rank, generation = _count(message, "rank"), _count(message, "generation")
+            self._hangs.step(rank, generation, done=message.get("done") is True)
+            return {}, b"", []
+        if op == "failed":
+            rank, generation = _count(message, "rank"), _count(message, "generation")
+            error, lost = str(message.get("error")), message.get("lost") is True
+            return last_words.note(self._keeper, rank, generation, error, lost=lost), b"", []
+        if op == "modules":
+            return self._modules(message), b"", []
+        if op == "pulse":
+            return pulse.report(self._keeper), b"", []
         if op == "stop":
             caller.stop = True
             return {}, b"", []
@@ -142,6 +159,16 @@ class Door:
             raise ProtocolError(f"rank {rank} is not kept here")
         ranks, checksums = pack_record({rank: kept.own[rank]})
         return {"ranks": ranks}, checksums, [kept.shards[rank].read_only_fd()]
+
+    def _modules(self, message: Message) -> Message:
+        """A worker says what it has imported, or an agent asks."""
+        names = message.get("names")
+        if names is None:
+            return {"modules": self._imported}
+        if not isinstance(names, list) or len(names) > MOST_NAMES or not all(isinstance(name, str) for name in names):
+            raise ProtocolError("malformed message: names of modules")
+        self._imported = names
+        return {}
 
     def _let_go(self, caller: "_Caller") -> None:
         """What a caller has kept lasts as long as its connection."""

@@ -6,7 +6,6 @@ the stripes whose parity lies here, piece by piece, code them, and tell the lead
 checksum its worker took before it goes into parity; requests for the next piece are out while this one is coded.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from .keeper import Keeper
 from .peers import Peers, read_message
 from .slots import Segment
 from .stripes import BUCKET_BYTES, Stripe
+from .threads import PATIENCE, start_thread
 
 PIECE_BUCKETS = 4
 _DAMAGE_RETRIES = 3
@@ -41,7 +41,7 @@ class Exchange:
         with self._keeper.changed:
             self._keeper.busy += 1
             self._keeper.on_seal.append(self._peers.close)
-        threading.Thread(target=self._run, name="parity", daemon=True).start()
+        start_thread(self._run, patience=PATIENCE)
 
     def _run(self) -> None:
         keeper = self._keeper

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from .held import Held, Record, ShardRecord
 from .slots import Segment, available_bytes, format_bytes
 from .stripes import BUCKET_BYTES
 from .tuning import Tuning
+
+if TYPE_CHECKING:
+    from .pulse import Pulse
 
 _SLOTS = 2
 _EVENTS_KEPT = 200
@@ -74,6 +77,12 @@ class Keeper:
         self.tuning = Tuning()
         self.last_commit_ms = 0.0
         self._completed_at: dict[SnapshotId, float] = {}
+        self.left = 0
+        """The last generation that this node has left. Read without the lock (`pulse.py`)."""
+        self.pulse: Pulse | None = None
+        """This generation's heartbeats."""
+        self.first_failure: int | None = None
+        """The rank of this node whose exception came first in this generation."""
         self.events: deque[dict[str, Any]] = deque(maxlen=_EVENTS_KEPT)
         self._refusals = 0
         self.sink: Callable[[dict[str, Any]], None] | None = None
@@ -87,9 +96,9 @@ class Keeper:
     def seal(self) -> list[HeldView]:
         """End the current generation here: fence its workers, verify what is held, and say what that is."""
         with self.changed:
-            self.is_open = False
+            self.is_open, self.left = False, self.generation
             workers, self.workers = list(self.workers.values()), {}
-            for let_go in self.on_seal:
+            for let_go in list(self.on_seal):  # some take themselves off it
                 let_go()
             self.changed.notify_all()
         stuck = fence.end(workers)
@@ -131,6 +140,7 @@ class Keeper:
             self._completed_at.clear()
             self.tuning = Tuning()
             self.objections, self.skipped = {}, None
+            self.first_failure, self.pulse = None, None
             self.restored = {
                 "source": decision.source,
                 "step": 0,

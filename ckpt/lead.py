@@ -6,12 +6,12 @@ there, it tells them all that it is committed, and whether to write it to storag
 """
 
 import queue
-import threading
 
 from .agreement import Decision, SnapshotId
 from .errors import ProtocolError, SnapshotError, StaleWriterError
 from .keeper import Keeper
 from .peers import Peers
+from .threads import PATIENCE, start_thread
 from .wire import Message
 from .writer import CheckpointWriter
 
@@ -33,7 +33,7 @@ class Control:
     def start(self) -> None:
         with self._keeper.changed:
             self._keeper.on_seal.append(self.close)
-        threading.Thread(target=self._send_all, name="control", daemon=True).start()
+        start_thread(self._send_all, patience=PATIENCE)
 
     def close(self) -> None:
         self._peers.close()

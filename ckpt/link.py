@@ -128,6 +128,10 @@ class Link:
         """Wait until `step` is committed; {"every", "why"} if its commit says how often to take a snapshot."""
         return self._client.call({"op": "interval", "step": step})[0]
 
+    def loaded(self, names: list[str]) -> None:
+        """What this worker has imported (`preload.py`)."""
+        self._client.call({"op": "modules", "names": names})
+
     def abort(self) -> None:
         """Give the slot back unwritten."""
         self._client.call({"op": "abort"})

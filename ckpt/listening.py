@@ -2,11 +2,12 @@
 """Accepting connections for as long as the process lives, whatever comes in."""
 
 import socket
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+
+from .threads import NoThreadError, start_thread
 
 _PAUSE = timedelta(milliseconds=100)
 
@@ -28,7 +29,7 @@ def accept_forever(listener: socket.socket, serve: Callable[..., None]) -> None:
 
 def _serve_in_thread(sock: socket.socket, address: Any, serve: Callable[..., None]) -> None:
     try:
-        threading.Thread(target=serve, args=(sock, address), daemon=True).start()
-    except RuntimeError:
+        start_thread(serve, sock, address)
+    except NoThreadError:
         sock.close()
         time.sleep(_PAUSE.total_seconds())

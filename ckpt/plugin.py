@@ -1,52 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two doors into torchrun: `--rdzv-backend=refound`, and `--logs-specs=refound` for `--standalone`.
+"""The door into torchrun: `--rdzv-backend=refound` (`--standalone` has another, `standalone.py`).
 
-Torch imports this module in every torchrun agent, whatever backend is chosen, so it must stay light. The handler
-wraps torch's own c10d rendezvous. Around each round it seals this node's snapshot process, exchanges views with the
-other nodes, opens the next generation, and gives every node the rank its snapshot had. Workers build their own store
-every round: torchrun's shared one keeps the addresses of dead workers and breaks restarts (pytorch #135712, #167288).
+torchrun finds both through `entry.py`. The handler wraps torch's own c10d rendezvous. Around each round it seals this
+node's snapshot process, exchanges views with the other nodes, opens the next generation, and gives every node the rank
+its snapshot had. Workers build their own store every round: torchrun's shared one keeps the addresses of dead workers
+and breaks restarts (pytorch #135712, #167288).
 """
 
 import atexit
-import errno
 import os
+import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from torch.distributed import DistStoreError, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.elastic.metrics.api import MetricHandler, configure, getStream
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed import (
+    DistNetworkError,
+    DistStoreError,
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
+    RendezvousTimeoutError,
 )
 
-from .agreement import decide
+from .agent import (
+    NO_SHARED_STORE_ENV,
+    Outcome,
+    announce,
+    check_checkpoint_dir,
+    leave,
+    plain_errors,
+    with_spares,
+    worker_environment,
+)
+from .agreement import Decision, decide
 from .attach import Attachment, attach, exchange_views
 from .conf import parse
 from .ending import RoundStore
 from .errors import ConfigError, SnapshotError
+from .membership import Member, Place, exchange_members, lacking
+from .moving import BoundedStore, MovingStore
+from .smp import log_path
 from .stripes import choose_groups
+from .watch import Watch
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.api import LogsDest
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
+T = TypeVar("T")
 BACKEND = "refound"
-SOCKET_ENV, GENERATION_ENV, JOB_ENV = "REFOUND_SOCKET", "REFOUND_GENERATION", "REFOUND_JOB"
 SECRET_ENV = "REFOUND_SECRET"
 _VIEWS_TIMEOUT = timedelta(seconds=30)
-_NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-
-
-def handler_factory() -> Callable[[RendezvousParameters], "RefoundRendezvous"]:
-    """What the entry point names: torch calls it with nothing and registers what it returns."""
-    return create_handler
+_REPLACEMENTS = 5
+"""Snapshot processes that may die in a row before an agent gives up."""
+is_active = False
+"""Whether this agent has this door, so that the other one (`standalone.py`) stays shut."""
 
 
 def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
@@ -56,11 +74,11 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
     """
     from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend, dynamic_rendezvous
 
-    with _plain_errors():
+    with plain_errors():
         conf, torch_conf = parse(params.config)
         for nodes in range(params.min_nodes, params.max_nodes + 1) if conf.k else ():
             choose_groups(nodes, conf.k, conf.m)  # better now than when a node is lost
-        _check_checkpoint_dir(conf.checkpoint_dir)
+        check_checkpoint_dir(conf.checkpoint_dir)
         address = params.local_addr or _address_towards(params.endpoint)
         attachment = attach(params.run_id, address, conf)
     inner = RendezvousParameters(
@@ -73,20 +91,38 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
         **torch_conf,
     )
     backend, store = c10d_rendezvous_backend.create_backend(inner)
-    return RefoundRendezvous(dynamic_rendezvous.create_handler(store, backend, inner), attachment, address)
+    if isinstance(store, TCPStore):  # not a file's, which is where it is
+        try:
+            store = MovingStore(store, params.run_id, address)
+        except OSError as error:
+            raise RendezvousConnectionError(f"the rendezvous store at {params.endpoint} went away") from error
+        backend = c10d_rendezvous_backend.C10dRendezvousBackend(store, params.run_id)
+    handler = dynamic_rendezvous.create_handler(store, backend, inner)
+    return RefoundRendezvous(handler, attachment, address, store if isinstance(store, MovingStore) else None)
 
 
 class RefoundRendezvous(RendezvousHandler):
     """torch's c10d rendezvous, with snapshots agreed upon in every round."""
 
-    def __init__(self, inner: RendezvousHandler, attachment: Attachment, address: str) -> None:
-        self._inner, self._attachment, self._address = inner, attachment, address
-        self._outcome = _Outcome.watch()
+    def __init__(
+        self, inner: "DynamicRendezvousHandler", attachment: Attachment, address: str, store: MovingStore | None
+    ) -> None:
+        self._inner, self._attachment, self._address, self._store = inner, attachment, address, store
+        self._watch = Watch(attachment.path, attachment.heartbeat_s, attachment.lease_s)
+        self._generation, self._said = 0, ""
+        self._nodes = 0
+        self._met_at: Place | None = None
+        self._standbys: dict[str, Place] = {}
+        self._round_id = ""
+        self._polled_at: float | None = None
+        self._is_away = False
+        self._outcome = Outcome.watch()
+        self._spares = with_spares(attachment)
         self._left = self._joined = False
         atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
-        os.environ[_NO_SHARED_STORE] = "1"  # read by the wrapped handler
-        global _active
-        _active = True
+        os.environ[NO_SHARED_STORE_ENV] = "1"  # read by the wrapped handler
+        global is_active
+        is_active = True
 
     def get_backend(self) -> str:
         return BACKEND
@@ -99,6 +135,7 @@ class RefoundRendezvous(RendezvousHandler):
         """Join the next round. Ends the agent with exit code 2 if the nodes contradict each other.
 
         With exit code 0 if this one takes the place of an agent that was lost when all was done.
+        Raises RendezvousTimeoutError if no round of enough nodes succeeds within the time allowed for joining.
         """
         if not self._joined and self._attachment.is_over():
             self._outcome.success = True
@@ -108,38 +145,104 @@ class RefoundRendezvous(RendezvousHandler):
             )
             raise SystemExit(0)
         self._joined = True
+        deadline = time.monotonic() + self._inner.settings.timeout.join.total_seconds()
         while True:
-            info = self._inner.next_rendezvous()
-            with _plain_errors():
-                self._revive()
+            with plain_errors():
+                self._with_snapshots(self._attachment.at_rendezvous)
                 try:
-                    return self._agree(info)
-                except DistStoreError:
+                    info = self._inner.next_rendezvous()
+                    if self._may_go_on(info):
+                        return self._agree(info)
+                    failure = RendezvousTimeoutError("too few nodes of the last generation have come")
+                except (DistStoreError, DistNetworkError, ConnectionError) as error:
+                    if isinstance(error, SnapshotError):
+                        raise
                     # A node joined and then died before it said what it holds. Another round goes on without it.
+                    # Or it was this node's snapshot process, which the next round replaces.
                     print(
                         "refound: a node vanished during the rendezvous; joining another round",
                         file=sys.stderr,
+                        flush=True,
                     )
+                    failure = RendezvousTimeoutError("in every round a node vanished")
+                if time.monotonic() > deadline:
+                    raise failure
+
+    def _may_go_on(self, info: RendezvousInfo) -> bool:
+        """Exchange who is here, and see whether so few nodes may go on. Says so, once, if they may not."""
+        if self._store is None:
+            return True
+        place = self._store.place
+        mine = Member(
+            node=self._attachment.node,
+            round_id=secrets.token_hex(16),
+            standby=self._store.standby,
+            generation=self._generation,
+            nodes=self._nodes,
+            met_at=self._met_at,
+        )
+        members = exchange_members(info.store, mine, info.rank, info.world_size, _VIEWS_TIMEOUT)
+        self._standbys = {member.node: member.standby for member in members}
+        self._round_id = members[0].round_id
+        settings = self._inner.settings
+        more = lacking(members, place) if settings.min_nodes < settings.max_nodes else 0
+        if more and self._said != "waiting":
+            self._said = "waiting"
+            print(
+                f"refound: {info.world_size} of the {max(m.nodes for m in members)} nodes of the last generation are "
+                f"here. The others may be going on without them, so these wait for {more} more",
+                file=sys.stderr,
+                flush=True,
+            )
+        return not more
 
     def _agree(self, info: RendezvousInfo) -> RendezvousInfo:
         secret = os.environ.get(SECRET_ENV, "")
-        view = self._attachment.inventory(secret)
+        view = self._with_snapshots(lambda: self._attachment.inventory(secret))
         views = exchange_views(info.store, view, info.rank, info.world_size, _VIEWS_TIMEOUT)
         decision = decide(views)
         generation = self._attachment.open(views, secret)
         rank = decision.position_of(self._attachment.node)
-        _announce(decision, rank)
+        announce(decision, rank)
+        self._polled_at, self._is_away = None, False
+        self._generation, self._said, self._nodes = generation, "", info.world_size
         os.environ |= worker_environment(self._attachment, generation)
         # A fresh prefix: ranks may differ from the inner round's, whose keys the inner handler has used.
-        store = PrefixStore(f"refound/{generation}", info.store)
-        bootstrap = RendezvousStoreInfo.build(rank, store, local_addr=self._address)
-        ending = cast(Store, RoundStore(store, self._attachment.is_over))
+        store = self._round_store(f"refound/{generation}", info, decision)
+        bounded = BoundedStore(store)
+        bootstrap = RendezvousStoreInfo.build(rank, cast(Store, bounded), local_addr=self._address)
+        ending = cast(Store, RoundStore(bounded, self._attachment.is_over))
         return RendezvousInfo(ending, rank, info.world_size, bootstrap)
 
-    def _revive(self) -> None:
-        if not self._attachment.alive():
-            print("refound: this node's snapshot process has died; starting an empty one", file=sys.stderr)
-            self._attachment.restart()
+    def _round_store(self, prefix: str, info: RendezvousInfo, decision: Decision) -> Store:
+        """For what the agents tell each other in this generation. It stays where it is when the rendezvous moves."""
+        if self._store is None:
+            return PrefixStore(prefix, info.store)
+        self._met_at = self._store.place
+        self._store.round_over(decision.generation, [self._standbys[node.name] for node in decision.nodes])
+        line, here = self._store.line
+        # The number of the generation is not enough: after the loss of all memory it is 1 again, and in a store that
+        # has outlived the nodes the old generation 1 would still say where its first worker listened.
+        return PrefixStore(f"{here}{self._attachment.job}/{self._round_id}/{prefix}", line)
+
+    def _with_snapshots(self, ask: Callable[[], T]) -> T:
+        """Ask the snapshot process something, replacing it if it dies on the way.
+
+        Raises ConfigError if it does so again and again.
+        """
+        for _ in range(_REPLACEMENTS):
+            if not self._attachment.alive():
+                print("refound: this node's snapshot process has died; starting an empty one", file=sys.stderr)
+                self._attachment.restart()
+            try:
+                return ask()
+            except ConnectionError:
+                if self._attachment.alive():
+                    raise
+        raise ConfigError(
+            f"the snapshot process of this node has died {_REPLACEMENTS} times in a row: see its last words in "
+            f"{log_path(self._attachment.path)}, and run: refound doctor"
+        )
 
     def is_closed(self) -> bool:
         return self._inner.is_closed()
@@ -148,8 +251,25 @@ class RefoundRendezvous(RendezvousHandler):
         self._inner.set_closed()
 
     def num_nodes_waiting(self) -> int:
-        """Nodes that wait to join; also 1 when this node's snapshot process has died, to bring one back."""
-        return self._inner.num_nodes_waiting() or int(not self._attachment.alive())
+        """Nodes that wait to join; also 1 when this node's snapshot process has died, to bring one back, and when
+        heartbeats say that the generation cannot go on. torchrun then restarts the workers, and does not count it."""
+        reasons = self._watch.reasons(self._generation)
+        if self._store is not None and self._store.is_displaced:
+            reasons.append("the rendezvous goes on without this node")
+        if self._was_away():
+            reasons.append("this agent was stopped, and the rendezvous has given it up")
+        if reasons and not self._said:
+            self._said = "; ".join(reasons)
+            print(f"refound: leaving generation {self._generation}: {self._said}", file=sys.stderr, flush=True)
+        return self._inner.num_nodes_waiting() or int(bool(reasons) or not self._attachment.alive())
+
+    def _was_away(self) -> bool:
+        """torch's rendezvous drops an agent that is silent for so long, and never tells it."""
+        settings, now = self._inner.settings, time.monotonic()
+        allowed_s = settings.keep_alive_interval.total_seconds() * settings.keep_alive_max_attempt
+        self._is_away = self._is_away or (self._polled_at is not None and now - self._polled_at > allowed_s)
+        self._polled_at = now
+        return self._is_away
 
     def get_run_id(self) -> str:
         return self._inner.get_run_id()
@@ -163,133 +283,12 @@ class RefoundRendezvous(RendezvousHandler):
     def _leave(self) -> None:
         if not self._left:
             self._left = True
-            _leave(self._attachment, success=self._outcome.success)
-
-
-_active = False  # whether this agent has the rendezvous door, so that the logs-specs door stays shut
-
-
-class RefoundLogsSpecs(DefaultLogsSpecs):
-    """The door for `--standalone`, which overrides the rendezvous backend: one node, the same snapshots.
-
-    torchrun calls `reify` before every (re)start of the workers, with their environments to be.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        os.environ[_NO_SHARED_STORE] = "1"
-        self._outcome = _Outcome.watch()
-        self._attachment: Attachment | None = None
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> "LogsDest":
-        """Open the next generation of this one node and tell its workers."""
-        if not _active:
-            with _plain_errors():
-                self._next_generation(envs)
-        return super().reify(envs)
-
-    def _next_generation(self, envs: Mapping[int, dict[str, str]]) -> None:
-        first = next(iter(envs.values()))
-        if int(first["GROUP_WORLD_SIZE"]) != 1:
-            raise ConfigError("--logs-specs=refound is for one node; with several, use --rdzv-backend=refound")
-        if self._attachment is None:
-            conf, _ = parse(_conf_from_environment())
-            _check_checkpoint_dir(conf.checkpoint_dir)
-            # --standalone makes up a new run id every time; a name of one's own lets a later launch go on.
-            job = os.environ.get(JOB_ENV) or first["TORCHELASTIC_RUN_ID"]
-            self._attachment = attach(job, "127.0.0.1", conf)
-            atexit.register(lambda: _leave(self._attachment, success=self._outcome.success))
-        elif not self._attachment.alive():
-            self._attachment.restart()
-        view = self._attachment.inventory()
-        generation = self._attachment.open([view], "")
-        _announce(decide([view]), 0)
-        for environment in envs.values():
-            environment.update(worker_environment(self._attachment, generation))
-
-
-def _conf_from_environment() -> dict[str, str]:
-    """`$REFOUND_CONF`, written like `--rdzv-conf` (which does not reach this door): k=v,k=v."""
-    text = os.environ.get("REFOUND_CONF", "")
-    pairs = (part.partition("=") for part in text.split(",") if part)
-    return {key: value for key, _, value in pairs}
-
-
-def worker_environment(attachment: Attachment, generation: int) -> dict[str, str]:
-    """What a worker needs to find its snapshot process."""
-    return {SOCKET_ENV: os.fspath(attachment.path), GENERATION_ENV: str(generation), JOB_ENV: attachment.job}
-
-
-class _Outcome(MetricHandler):
-    """Whether the agent's workers have succeeded, from torchrun's own metrics: `shutdown()` does not say."""
-
-    def __init__(self, others: MetricHandler) -> None:
-        self._others = others
-        self.success = False
-
-    @classmethod
-    def watch(cls) -> "_Outcome":
-        outcome = cls(getStream("torchelastic").handler)
-        configure(outcome, group="torchelastic")
-        return outcome
-
-    def emit(self, metric_data: Any) -> None:
-        if ".run_success_" in metric_data.name and metric_data.value:
-            self.success = True
-        self._others.emit(metric_data)
-
-
-class _plain_errors:
-    """Turn a user's mistake into one line and exit code 2: torchrun would print three tracebacks."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SnapshotError):
-            print(f"refound: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from error
-
-
-def _check_checkpoint_dir(directory: str) -> None:
-    """Better now than at the first checkpoint."""
-    if directory:
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            if not os.access(directory, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "it cannot be written to", directory)
-        except OSError as error:
-            raise ConfigError(
-                f"checkpoint_dir={directory}: {error.strerror}; name a directory you can write"
-            ) from error
-
-
-def _announce(decision: Any, rank: int) -> None:
-    """Say, on one node, where training goes on from and why not from something newer."""
-    if rank == 0 and (decision.snapshot is not None or decision.notes):
-        for note in decision.notes:
-            print(f"refound: {note}", file=sys.stderr)
-        where = {
-            "memory": "memory",
-            "disk": "the checkpoint on disk",
-            "start": "the start: nothing can be restored",
-        }
-        step = f" at step {decision.snapshot.step}" if decision.snapshot else ""
-        print(f"refound: going on from {where[decision.source]}{step}", file=sys.stderr, flush=True)
-
-
-def _leave(attachment: Attachment | None, *, success: bool) -> None:
-    """The agent ends. Only the success of its workers frees their snapshots."""
-    if attachment is None or not attachment.alive():
-        return
-    attachment.leave(success=success)
-    if not success:
-        print(
-            f"refound: the snapshots of job {attachment.job!r} stay in memory for {attachment.lease_s:.0f} s; run the "
-            f"same command to go on, or free them with: refound stop {attachment.job}",
-            file=sys.stderr,
-            flush=True,
-        )
+            self._watch.stop()
+            if self._spares is not None:
+                self._spares.close()
+            if self._store is not None:
+                self._store.close()
+            leave(self._attachment, success=self._outcome.success)
 
 
 def _address_towards(endpoint: str) -> str:

@@ -13,24 +13,31 @@ that is not protected, and random numbers drawn between `protect` and the loop, 
 """
 
 import atexit
+import contextlib
+import os
 import sys
 import threading
 import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+from . import last_words, preload
 from .buckets import BUCKETS, Buckets
 from .errors import ConfigError, DamageError, LayoutMismatchError, StaleWriterError
 from .frozen import FrozenSet, size_hint
+from .hang import Progress
 from .link import Link, Place
 from .loader import Loader
+from .preload import WARM_ENV
 from .reshape import Reshaper
 from .snapshotter import Job, Snapshotter
 from .tuning import STALL_BUDGET, interval_problems, make_interval
 from .wrappers import optimizers_of, unlike_asked, unwrap
 
+_IMPORTED_AFTER = 3
 _EXIT_WAIT = timedelta(seconds=30)
 _UNSETTLED_SNAPSHOTS = 10  # skipped at most, while gradient buckets are not laid out for good
 
@@ -135,6 +142,8 @@ class Protection:
         self._failure: Exception | None = None
         self._last_snapshot = self._skipped = 0
         self._link: Link | None = None
+        self._progress: Progress | None = None
+        self._steps_to_imports = _IMPORTED_AFTER if place is not None and WARM_ENV in os.environ else 0
         self._rank = place.rank if place else 0
         self._interval = make_interval(every, stall_budget, self._rank)
         self._frozen = None if save_frozen or place is None else FrozenSet(objects)
@@ -148,6 +157,8 @@ class Protection:
         if place is not None:
             self._link = Link(place)
             self._buckets = Buckets(objects)
+            self._progress = Progress.from_environment(place.socket, place.rank, place.generation)
+            last_words.install(Path(place.socket), place.rank, place.generation)
             self._restore(self._link)
             if place.rank == 0:
                 for words in [*unlike_asked(objects, place.world_size), size_hint(objects) if save_frozen else ""]:
@@ -214,7 +225,13 @@ class Protection:
         Raises SnapshotMemoryError, UnsupportedStateError or DamageError when protection is not possible.
         """
         self.step += 1
-        if self._link is None or not self._is_due():
+        if self._progress is not None:
+            self._progress.step()
+        if self._link is None:
+            return
+        if self._steps_to_imports:
+            self._tell_imports(self._link)
+        if not self._is_due():
             return
         started = time.monotonic()
         self._wait()
@@ -226,6 +243,13 @@ class Protection:
         if not self._overlaps:
             self._wait()  # without an optimizer to hook into, nobody could say when the state changes
         self.stall_ms += (time.monotonic() - started) * 1000
+
+    def _tell_imports(self, link: Link) -> None:
+        """By the third step all is imported that training needs, which torch does lazily: warm spares do it before."""
+        self._steps_to_imports -= 1
+        if not self._steps_to_imports:
+            with contextlib.suppress(OSError):  # the snapshot process has gone, and the next start tells its successor
+                link.loaded(preload.loaded())
 
     def _is_due(self) -> bool:
         settled = self._buckets.learn() or self._skipped >= _UNSETTLED_SNAPSHOTS  # torch logs by iteration: look at all
@@ -288,6 +312,8 @@ class Protection:
         Call it last. When all ranks have, a node that is lost has nothing left to lose and is not waited for.
         done: False if the script has more to do than train, so that a node which is lost then is still waited for.
         """
+        if self._progress is not None:
+            self._progress.close()
         self._wait()
         link, self._link = self._link, None
         atexit.unregister(self._at_exit)  # it would keep the model, and a mesh with its process groups, to the very end

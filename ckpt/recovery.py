@@ -7,7 +7,6 @@ waits for it; parity after it, in the background.
 """
 
 import functools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from .peers import Peers, fetch_record
 from .rebuild import helpers
 from .slots import Segment
 from .stripes import BUCKET_BYTES, Stripe
+from .threads import PATIENCE, start_thread
 from .wire import Message
 
 _IN_FLIGHT_A_NODE = 2
@@ -42,7 +42,7 @@ class Recovery:
             self._keeper.busy += 1
             self._keeper.pin(self._held.id)
             self._keeper.on_seal.append(self._peers.close)
-        threading.Thread(target=self._run, name="recovery", daemon=True).start()
+        start_thread(self._run, patience=PATIENCE)
 
     def _run(self) -> None:
         keeper = self._keeper

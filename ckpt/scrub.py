@@ -8,7 +8,6 @@ would without; nothing else needs to know. What cannot be rebuilt (no parity, or
 once and left: the next snapshot replaces it, and a rendezvous before that verifies everything and decides anew.
 """
 
-import threading
 import time
 from datetime import timedelta
 
@@ -22,6 +21,7 @@ from .held import Held, Spot
 from .keeper import Keeper
 from .peers import Peers, read_message
 from .stripes import BUCKET_BYTES, Stripe
+from .threads import PATIENCE, start_thread
 
 _REST = timedelta(seconds=1)
 """Between two walks over a snapshot that stays."""
@@ -42,7 +42,7 @@ class Scrubber:
         with self._keeper.changed:
             self._keeper.busy += 1
             self._keeper.on_seal.append(self._peers.close)
-        threading.Thread(target=self._run, name="scrub", daemon=True).start()
+        start_thread(self._run, patience=PATIENCE)
 
     def _run(self) -> None:
         keeper = self._keeper

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from . import wire
+from . import pulse, wire
 from .agreement import SnapshotId
 from .errors import ProtocolError, SnapshotError, StaleWriterError
 from .held import Held, bucket_checksums, pack_record, unpack_record
@@ -103,6 +103,9 @@ class PeerServer:
                 return  # the other side has gone; it will come again if it wants something
 
     def _answer(self, sock: socket.socket, message: Message, body: memoryview, helper: "_Helper") -> None:
+        if message.get("op") == "pulse":
+            wire.send(sock, pulse.answer(self._keeper, _integer(message, "in")))
+            return
         try:
             self._keeper.check_open(_integer(message, "in"))
             if message.get("op") == "read":

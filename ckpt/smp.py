@@ -23,9 +23,11 @@ from .conf import PluginConfig
 from .door import Door
 from .errors import ProtocolError, SnapshotError
 from .exchange import Exchange
+from .hang import Hangs
 from .keeper import Keeper
 from .lead import Control
 from .paths import private_dir, socket_path
+from .pulse import Pulse
 from .rebuild import Rebuilder, Rebuilds
 from .recovery import Recovery
 from .restore import Restore
@@ -52,6 +54,7 @@ class Process:
         self._restore: Restore | None = None
         self._rebuilds: Rebuilds | None = None
         self._stopping = threading.Event()
+        self._hangs = Hangs(self.keeper)
         self._server = PeerServer(
             self.keeper,
             address,
@@ -70,6 +73,7 @@ class Process:
             stop=self._stopping.set,
             restore=self._current_restore,
             finished=lambda snapshot: self._with_control().finished(snapshot),
+            hangs=self._hangs,
         )
         self._telemetry = Telemetry(self.keeper, self._door.status)
         self._telemetry.follow(conf)
@@ -102,6 +106,9 @@ class Process:
         if op == "configure":
             self.keeper.conf = PluginConfig(**message["conf"])
             self._telemetry.follow(self.keeper.conf)
+            return {}
+        if op == "rendezvous":
+            self.keeper.left = self.keeper.generation
             return {}
         if op == "inventory":
             return {"view": self._inventory().to_json()}
@@ -144,11 +151,18 @@ class Process:
         self._restore = Restore(self.keeper, decision, key)
         self._rebuilds = Rebuilds(self.keeper, decision, key)
         self._control = Control(self.keeper, decision, key, self._writer)
-        self._control.start()
-        Exchange(self.keeper, decision, key, self._control.prepared).start()
-        Scrubber(self.keeper, decision, key).start()
-        if baseline:
-            Recovery(self.keeper, decision, key, baseline).start()
+        try:
+            self._control.start()
+            Exchange(self.keeper, decision, key, self._control.prepared).start()
+            Scrubber(self.keeper, decision, key).start()
+            Pulse(self.keeper, decision, key).start()
+            if baseline:
+                Recovery(self.keeper, decision, key, baseline).start()
+        except MemoryError as error:
+            # Half a generation can do nothing, and cannot be taken back. The agent starts an empty process, which gets
+            # what this one held from the others.
+            print(f"refound: this process ends: {error or 'out of memory'}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     # --- life --------------------------------------------------------------------------------------------------
 
@@ -161,6 +175,7 @@ class Process:
             os.close(ready_fd)
         last_seen = time.monotonic()
         while not self._stopping.wait(_TICK_S):
+            self._hangs.look()
             if self._door.agent_pid is not None or any(w.alive for w in list(self.keeper.workers.values())):
                 last_seen = time.monotonic()
             elif time.monotonic() - last_seen > self.keeper.conf.lease_s:

@@ -128,14 +128,27 @@ def test_import_is_light(installed: Path, tmp_path: Path) -> None:
 def test_entry_points() -> None:
     expected = {
         "console_scripts": "refound.cli:main",
-        "torchrun.handlers": "refound.ckpt.plugin:handler_factory",
-        "torchrun.logs_specs": "refound.ckpt.plugin:RefoundLogsSpecs",
+        "torchrun.handlers": "refound.ckpt.entry:handler_factory",
+        "torchrun.logs_specs": "refound.ckpt.entry:RefoundLogsSpecs",
     }
     found = {group: {point.value for point in entry_points(group=group, name="refound")} for group in expected}
     assert found == {group: {value} for group, value in expected.items()}
     for group in expected:
         (point,) = entry_points(group=group, name="refound")
         assert callable(point.load())
+
+
+@pytest.mark.parametrize("first", ["refound.ckpt.plugin", "torch.distributed.elastic.rendezvous.registry"])
+def test_the_plugin_registers_whichever_is_imported_first(first: str) -> None:
+    """torch only warns when it cannot register a plug-in, and then torchrun does not know the backend."""
+    code = (
+        f"import {first}, sys; loaded = 'refound.ckpt.plugin' in sys.modules\n"
+        "from torch.distributed.elastic.rendezvous import rendezvous_handler_registry\n"
+        "print(loaded, 'refound' in rendezvous_handler_registry._registry)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
+    assert done.stdout.split() == [str(first.startswith("refound")), "True"]
 
 
 def test_every_room_is_listed(root: Path) -> None:

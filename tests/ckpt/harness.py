@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,8 @@ class Job:
     max_restarts: int = 50
     standalone: bool = False
     program: Path = SCRIPT
+    hosts_store: bool = False
+    """The agent of node 0 hosts the rendezvous store; else this process does, which is none of the nodes."""
     script: Sequence[str] = ()
     """More arguments of the script."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -124,6 +127,8 @@ class Job:
         self._gate = self.out / "gate"
         self._agents: dict[int, subprocess.Popen[bytes]] = {}
         self._store: Any = None
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
         self._checked: dict[int, int] = {}
         self.allow(0)
 
@@ -160,16 +165,16 @@ class Job:
     def _rendezvous(self, node: int, conf: str) -> list[str]:
         if self.standalone:
             return ["--standalone", "--logs-specs=refound"]
-        if self._store is None:
+        if self._store is None and not self.hosts_store:
             from torch.distributed import TCPStore
 
-            # In this process, which is none of the nodes: losing the store's host is not what is tested.
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        settings = ",".join(part for part in (f"node=node{node},is_host=0", self.conf, conf) if part)
+        is_host = int(self.hosts_store and node == 0)
+        settings = ",".join(part for part in (f"node=node{node},is_host={is_host}", self.conf, conf) if part)
         return [
             f"--nnodes={self.least}:{self.nodes}" if self.least else f"--nnodes={self.nodes}",
             "--rdzv-backend=refound",
-            f"--rdzv-endpoint=127.0.0.1:{self._store.port}",
+            f"--rdzv-endpoint=127.0.0.1:{self._port if self.hosts_store else self._store.port}",
             f"--rdzv-id={self.name}",
             "--local-addr=127.0.0.1",
             f"--rdzv-conf={settings}",

@@ -25,6 +25,8 @@ from refound.ckpt.errors import ConfigError, ProtocolError, SnapshotMemoryError,
 from refound.ckpt.held import bucket_checksums, failing_buckets
 from refound.ckpt.link import Link, Place
 from refound.ckpt.paths import job_dir, private_dir, runtime_dir, socket_path
+from refound.ckpt.preload import MOST_NAMES
+from refound.ckpt.spares import told_modules
 from refound.ckpt.stripes import BUCKET_BYTES
 
 PATIENCE_S = 30.0
@@ -112,6 +114,18 @@ def test_nonsense_harms_nothing(job: str, nonsense: bytes) -> None:
             client.call(message)
         client.close()
     assert find_nodes(job)[0]["job"] == job
+
+
+def test_what_a_worker_has_imported_is_told_to_its_agent(job: str) -> None:
+    attachment, place = opened(job)
+    assert told_modules(attachment.path) == []
+    Link(place).loaded(["torch", "torch.nn"])
+    assert told_modules(attachment.path) == ["torch", "torch.nn"]
+    for names in ("torch", [1], ["x"] * (MOST_NAMES + 1)):
+        with pytest.raises(ProtocolError):
+            Client(attachment.path).call({"op": "modules", "names": names})
+    assert told_modules(attachment.path) == ["torch", "torch.nn"]
+    assert told_modules(attachment.path.with_name("none.sock")) == []
 
 
 def test_a_second_agent_on_a_named_node_is_told(job: str) -> None:

@@ -49,6 +49,23 @@ def test_ddp_as_it_comes_goes_on_with_the_same_last_bits(tmp_path: Path) -> None
         job.finish()
 
 
+@pytest.mark.campaign
+def test_a_job_that_chooses_its_interval_goes_on_from_what_it_has_taken(tmp_path: Path) -> None:
+    """every="auto" under torchrun: all ranks take snapshots after the same steps, before a fault and after it."""
+    with Job(tmp_path, steps=60, script=("--every", "auto")) as job:
+        job.start()
+        job.allow(30)
+        job.wait(lambda: len(taken := set(job.committed().values())) == 1 and min(taken) > 0, "a snapshot is committed")
+        job.wait(
+            lambda: all((read_records(job.out, rank) or [{}])[-1].get("step") == 30 for rank in range(3)),
+            "thirty steps are done",
+        )
+        generation = job.strike(job.worker_pids(1))
+        assert 1 <= job.wait_back(generation) <= 30
+        assert job.sources() == ["memory"] * 3
+        job.finish()
+
+
 def test_all_nodes_lost_at_once_go_on_from_disk(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     conf = f"checkpoint_dir={disk},checkpoint_every_s=0,checkpoint_every_steps=2"

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.campaign
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
-    """Three nodes with 24 MB of state each, so that exchanges and rebuilds take a while."""
-    folder, conf = tmp_path_factory.mktemp("moments"), "parity_rate_mb_s=30"
+    """Three nodes with 24 MB of state each, so that exchanges and rebuilds take a while; no heartbeat ends a stop."""
+    folder, conf = tmp_path_factory.mktemp("moments"), "parity_rate_mb_s=30,heartbeat_s=0"
     with Job(folder, kind="fsdp", steps=40, script=("--ballast-mb", "24"), conf=conf) as job:
         yield job.start()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Live progress: one line that is rewritten on a terminal, one line a step elsewhere."""
 
+import contextlib
 import fcntl
 import io
 import os
@@ -46,6 +47,15 @@ def test_elsewhere_than_on_a_terminal_each_step_is_one_line():
     assert len(lines) == 4 and lines[3].endswith("an event") and "\x1b" not in stream.getvalue()
 
 
+def read_all(leader: int) -> str:
+    """What was written to a terminal that is closed by now. It arrives in pieces: one read may see a part only."""
+    pieces = []
+    with os.fdopen(leader, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # EIO is a terminal's end
+        while piece := terminal.read(10_000):
+            pieces.append(piece)
+    return b"".join(pieces).decode()
+
+
 def test_on_a_terminal_the_line_is_rewritten_and_never_wraps(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     leader, follower = pty.openpty()
@@ -56,8 +66,7 @@ def test_on_a_terminal_the_line_is_rewritten_and_never_wraps(monkeypatch: pytest
             progress.show("run", 3, step_record(step), [status("node0", 1)], NAMES)
         progress.say("an event")
         progress.close()
-        shown = os.read(leader, 10_000).decode()
-    os.close(leader)
+    shown = read_all(leader)
     rewritten = shown.split("\r\x1b[K")
     assert rewritten[0] == "" and shown.count("\n") == 1
     assert all(len(line.rstrip("\r\n")) < 40 for line in rewritten)

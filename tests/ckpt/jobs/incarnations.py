@@ -21,11 +21,11 @@ import refound
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from refound.ckpt.agent import worker_environment
 from refound.ckpt.attach import attach
 from refound.ckpt.conf import PluginConfig
 from refound.ckpt.dcp import DcpMemory
 from refound.ckpt.errors import ConfigError, LayoutMismatchError
-from refound.ckpt.plugin import worker_environment
 from refound.ckpt.protection import Protection
 
 Life = Callable[[Path], None]

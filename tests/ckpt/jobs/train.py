@@ -134,6 +134,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--ballast-mb", type=int, default=0)
     parser.add_argument("--meddle-at", type=int, help="change a parameter right after this step")
+    parser.add_argument("--raise-at", type=int, help="the last rank fails after this step")
+    parser.add_argument("--loop-at", type=int, help="the last rank loops for ever after this step of generation 1")
+    parser.add_argument("--every", default="1", help="steps between snapshots, or auto")
     parser.add_argument("--differ", action="store_true", help="ranks hold different parameters, against DDP's promise")
     return parser.parse_args(arguments)
 
@@ -152,7 +155,8 @@ def main() -> None:
     random.seed(rank)
     np.random.seed(rank)
     torch.manual_seed(rank)
-    job = refound.protect(model=model, optimizer=optimizer, scheduler=scheduler, data=data)
+    every = int(options.every) if options.every.isdigit() else options.every
+    job = refound.protect(model=model, optimizer=optimizer, scheduler=scheduler, data=data, every=every)
 
     log, pass_gate = options.out / f"rank{rank}.jsonl", gatekeeper(options.gate)
     restored = job.restored
@@ -164,6 +168,7 @@ def main() -> None:
             "notes": list(restored.notes) if restored else [],
             "pid": os.getpid(),
             "generation": int(os.environ.get("REFOUND_GENERATION", 0)),
+            "restarts": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         },
     )
     while job.step < options.steps:
@@ -177,6 +182,11 @@ def main() -> None:
         optimizer.zero_grad()
         job.end_step()
         append(log, {"step": job.step, "loss": loss.item().hex(), "pid": os.getpid()})
+        is_last, generation = rank == world - 1, os.environ.get("REFOUND_GENERATION")
+        if job.step == options.raise_at and is_last:
+            raise ValueError("this rank went wrong")
+        while job.step == options.loop_at and is_last and generation == "1":
+            pass
         if job.step == options.meddle_at:
             with torch.no_grad():
                 next(model.parameters()).add_(1)
@@ -193,6 +203,11 @@ def main() -> None:
     }
     (options.out / f"final{rank}.json").write_text(json.dumps({"committed": committed, "digests": final}))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        0
+    )  # DDP outlives its process group, whose threads may then abort an interpreter that ends (pytorch #179291)
 
 
 if __name__ == "__main__":
