@@ -28,6 +28,8 @@ from .wire import Message
 
 _IN_FLIGHT_A_NODE = 2
 _DAMAGE_RETRIES = 3
+_TRIES = 2
+"""Memory may go bad between a bucket's arrival and its proof; what comes out wrong twice was wrong before."""
 
 
 class Recovery:
@@ -102,14 +104,18 @@ class Recovery:
             with self._keeper.changed:
                 self._peers.check()
                 held.shards = shards
-        asks: list[Ask] = []
+        for tries_left in reversed(range(_TRIES)):
+            self._fill(self._data_asks(wanted))
+            if not (wanted := self._prove_data(wanted, tries_left)):
+                return
+
+    def _data_asks(self, wanted: list[int]) -> list["Ask"]:
+        held, asks = self._held, list[Ask]()
         for chunk_index, stripe in enumerate(held.group.data_stripes(held.index)):
             symbol, first = stripe.data.index(held.index), chunk_index * held.chunk
             offsets = [bucket - first for bucket in wanted if first <= bucket < first + held.chunk]
-            place = functools.partial(self._write_data, first)
-            asks += self._asks(stripe, symbol, offsets, place)
-        self._fill(asks)
-        self._prove_data(set(wanted))
+            asks += self._asks(stripe, symbol, offsets, functools.partial(self._write_data, first))
+        return asks
 
     def _shard_memory(self, rank: int, record: ShardRecord) -> Segment:
         """A slot of this rank's pool, so that later snapshots use it too."""
@@ -129,19 +135,29 @@ class Recovery:
             segment.array[offset : offset + size] = rebuilt[done : done + size]
             done += size
 
-    def _prove_data(self, rebuilt: set[int]) -> None:
-        held = self._held
+    def _prove_data(self, rebuilt: list[int], tries_left: int) -> list[int]:
+        """Check everything, and say what of it is to be rebuilt once more; nothing: it is all proven.
+
+        Raises DamageError for what was wrong each time, or was not rebuilt at all.
+        """
+        held, bad, reason = self._held, set[int](), ""
         for rank, record, first in vector_of(held.own):
-            if bad := failing_buckets(held.shards[rank].array, record.checksums):
-                reason = f"rank {rank} of {held.id}: rebuilt buckets {bad[:4]} fail their checksums"
-                if not rebuilt.isdisjoint(first + bucket for bucket in bad):
-                    # All that it was rebuilt from was proven, so its parity is wrong and would be wrong again.
-                    self._keeper.give_up_on(held.id, reason)
-                raise DamageError(reason)
+            if failing := failing_buckets(held.shards[rank].array, record.checksums):
+                reason = f"rank {rank} of {held.id}: rebuilt buckets {failing[:4]} fail their checksums"
+                bad |= {first + bucket for bucket in failing}
+        if bad and tries_left and bad <= set(rebuilt):
+            self._keeper.event("rebuilt anew", snapshot=str(held.id), reason=reason)
+            return sorted(bad)
+        if bad:
+            if not tries_left and not bad.isdisjoint(rebuilt):
+                # All that it was rebuilt from was proven, so its parity is wrong and would be wrong again.
+                self._keeper.give_up_on(held.id, reason)
+            raise DamageError(reason)
         with self._keeper.changed:
             self._peers.check()
             held.data_complete, held.damaged_data = True, set()
             self._keeper.changed.notify_all()
+        return []
 
     # --- parity ------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import reedsolo
 from refound.ckpt.errors import DamageError
 from refound.ckpt.exchange import Exchange
 from refound.ckpt.held import Held
+from refound.ckpt.recovery import Recovery
 from refound.ckpt.stripes import BUCKET_BYTES
 
 from .cluster import Cluster, wait_for, write
@@ -129,6 +130,30 @@ def test_a_flipped_byte_is_rebuilt_in_place(where: str, offset: int) -> None:
             cluster.whole(snapshot)
             cluster.check_data(snapshot)
             assert all(np.array_equal(a[0], b[0]) for a, b in zip(cluster.parity(snapshot), parity, strict=True))
+
+
+def test_memory_that_goes_bad_between_a_rebuild_and_its_proof_is_rebuilt_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a node with two ranks, in both of them. What it was rebuilt from is sound, so the step is not given up."""
+    real, proofs = Recovery._prove_data, list[Recovery]()
+
+    def prove(self: Recovery, rebuilt: list[int], tries_left: int) -> list[int]:
+        if not proofs:
+            for segment in self._held.shards.values():
+                segment.array[7] ^= 0x10
+        proofs.append(self)
+        return real(self, rebuilt, tries_left)
+
+    with protected(2, 1) as cluster:
+        snapshot = last(cluster)
+        cluster.replace(1)
+        monkeypatch.setattr(Recovery, "_prove_data", prove)
+        assert cluster.open().snapshot == snapshot
+        cluster.whole(snapshot)
+        cluster.check_data(snapshot)
+        assert len(proofs) == 2 and len(proofs[0]._held.shards) == 2
+        assert not cluster.nodes[1].keeper.given_up
 
 
 def test_damage_in_different_buckets_on_all_nodes_is_rebuilt() -> None:
