@@ -36,7 +36,6 @@ class Way:
 WAYS = {
     "ddp": Way(example="ddp"),
     "fsdp2": Way(example="fsdp2"),
-    "hsdp-node-lost": Way(example="hsdp", workers=2, nodes=2),
     "zero3": Way(example="zero", arguments=("--stage=3",)),
     "accelerate": Way(example="hf_accelerate"),
     "trainer": Way(example="hf_trainer"),
@@ -45,6 +44,7 @@ WAYS = {
 }
 # The rest, for `make chaos`.
 MORE_WAYS = {
+    "hsdp-node-lost": Way(example="hsdp", workers=2, nodes=2),
     "tp-fsdp2": Way(example="tp", workers=4),
     "tp": Way(example="tp"),
     "zero0": Way(example="zero", arguments=("--stage=0",)),

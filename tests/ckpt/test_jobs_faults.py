@@ -81,6 +81,7 @@ def test_workers_of_two_nodes_killed_at_once(job: Job) -> None:
     assert goes_on(job, generation, least=step) == step
 
 
+@pytest.mark.campaign
 def test_several_kills_in_sequence_while_it_trains(job: Job) -> None:
     """The second falls while the job comes back from the first, the third as soon as it trains again."""
     job.allow(STEPS - 20)
@@ -178,6 +179,7 @@ def test_corrupt_slot_is_rebuilt(job: Job) -> None:
     assert event["buckets"] == [0]
 
 
+@pytest.mark.campaign
 def test_corrupt_parity_is_rebuilt(job: Job) -> None:
     step = resting(job)
     corrupt(job, 2, "refound-parity", 12_345)

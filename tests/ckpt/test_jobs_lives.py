@@ -31,6 +31,7 @@ def test_one_node_without_a_rendezvous_backend(tmp_path: Path) -> None:
         job.finish()
 
 
+@pytest.mark.campaign
 def test_ddp_as_it_comes_goes_on_with_the_same_last_bits(tmp_path: Path) -> None:
     """Three ranks sum gradients in the order of DDP's buckets, which a new process lays out otherwise at first."""
     with Job(tmp_path, kind="ddp-buckets", steps=12) as job:
@@ -122,11 +123,11 @@ def test_a_job_that_failed_goes_on_when_launched_again(tmp_path: Path) -> None:
 
 def test_an_agent_lost_when_all_is_done_holds_nobody_up(tmp_path: Path) -> None:
     """Neither the others, in torchrun's exit barrier (300 s), nor the agent in its place wait for anything."""
-    with Job(tmp_path, steps=4) as job:
+    with Job(tmp_path) as job:
         job.start()
-        job.train_to(3)
+        job.train_to(STEPS - 1)
         send([job.agent(2).pid], signal.SIGSTOP)  # it does not see its worker end
-        job.allow(4)
+        job.allow(STEPS)
         job.wait(lambda: all(s["over"] for s in job.statuses().values()), "all ranks are done")
         send([job.agent(2).pid])
         job.agent(2).wait()

@@ -96,6 +96,7 @@ def test_it_leaves_nothing_behind(demo: tuple[Path, subprocess.CompletedProcess[
     assert list(Path(short_tmp).glob("rf-*")) == []
 
 
+@pytest.mark.campaign
 def test_protection_changes_no_bit(demo: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, short_tmp: str):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     command += ["-m", "refound.demo.train", "--tiny", "--unprotected", "--device=cpu", f"--steps={STEPS}"]
