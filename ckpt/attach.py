@@ -39,8 +39,8 @@ class Attachment:
         self.path = socket_path(job, node)
 
     def at_rendezvous(self) -> None:
-        """Let the other nodes hear that this one's workers have stopped."""
-        self._client.call({"op": "rendezvous"})
+        """Let the other nodes hear that this one's workers have stopped. Does not wait until it is known."""
+        self._client.tell({"op": "rendezvous"})
 
     def inventory(self, secret: str = "") -> NodeView:
         """End the old generation on this node and learn what the node holds."""

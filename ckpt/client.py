@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import select
 import socket
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
+        self._unread = 0
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.sock.connect(os.fspath(path))
@@ -39,20 +41,31 @@ class Client:
         """
         with self._lock:
             wire.send(self.sock, message, body)
+            while self._unread:
+                self._unread -= 1
+                wire.receive(self.sock)
             reply, data, fds = wire.receive(self.sock)
         if text := reply.get("error"):
             kind = getattr(errors, str(reply.get("kind")), SnapshotError)
             raise (kind if isinstance(kind, type) and issubclass(kind, SnapshotError) else SnapshotError)(text)
         return reply, data, fds
 
+    def tell(self, message: Message) -> None:
+        """Send a request whose reply nobody waits for: the other side may be stopped. The next call reads it away.
+
+        Raises ConnectionError if the other side has gone.
+        """
+        with self._lock:
+            wire.send(self.sock, message)
+            self._unread += 1
+
     def alive(self) -> bool:
-        """Whether the process still has its end open."""
-        try:
-            return self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
-        except BlockingIOError:
-            return True
-        except OSError:
+        """Whether the process still has its end open, whatever of its replies has not been read."""
+        if self.sock.fileno() < 0:
             return False
+        poll = select.poll()
+        poll.register(self.sock, select.POLLRDHUP)
+        return not poll.poll(0)
 
     def shutdown(self) -> None:
         """Close even under a call that waits for its reply: it gets a ConnectionError."""

@@ -576,9 +576,11 @@ class Keeper:
             return "rendezvous" if self.generation else "waiting"
         if any(held.committed and not (held.data_complete and held.parity_complete) for held in self.held.values()):
             return "recovering"
-        if self.writing:
+        under_way = [held for held in self.held.values() if not held.committed]
+        # What another node has announced is held here too, before this node's own workers have begun to copy.
+        if self.writing or any(not held.data_complete for held in under_way):
             return "copying"
-        return "parity" if any(not held.committed for held in self.held.values()) else "idle"
+        return "parity" if under_way else "idle"
 
     def wait_committed(self, worker: Worker, step: int, timeout: timedelta) -> bool:
         """Wait until a snapshot of this generation at `step` or later is committed. False on time-out."""

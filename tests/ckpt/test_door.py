@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -162,6 +163,24 @@ def test_agents_that_start_at_once_start_one_process(job: str) -> None:
         thread.join()
     assert sum(isinstance(outcome, Attachment) for outcome in outcomes) == 1
     assert len(find_nodes(job)) == 1
+
+
+def test_a_stopped_process_does_not_keep_its_agent_from_the_rendezvous(job: str) -> None:
+    """What it was told is done when it goes on; killed instead, it is found to be dead for all its unread replies."""
+    attachment = one_node(job)
+    (status,) = find_nodes(job)
+    os.kill(status["pid"], signal.SIGSTOP)
+    attachment.at_rendezvous()
+    attachment.at_rendezvous()
+    os.kill(status["pid"], signal.SIGCONT)
+    assert attachment.inventory().name == "n"
+    attachment.at_rendezvous()
+    eventually(lambda: select.select([attachment._client.sock], [], [], 0)[0], "the reply is there, unread")
+    assert attachment.alive()
+    os.kill(status["pid"], signal.SIGKILL)
+    eventually(lambda: not attachment.alive(), "the agent notices")
+    attachment.restart()
+    assert attachment.alive() and attachment.inventory().name == "n"
 
 
 def test_a_killed_process_is_replaced_by_an_empty_one(job: str) -> None:
