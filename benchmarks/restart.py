@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _figures import figure, tell
 from refound.demo.cluster import Cluster
 
 NODES = 3
@@ -134,6 +133,8 @@ def measure(name: str, width: int) -> dict[str, float]:
 
 def figures(samples: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """Medians of each, and the median of the rounds' ratios."""
+    from _figures import figure  # a worker's path lacks this folder (PYTHONSAFEPATH)
+
     rows = []
     for fault in ("worker kill", "node loss"):
         for name in CONTENDERS:
@@ -164,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples[name].append(measure(name, options.width))
             print(f"round {number + 1}: {name} {samples[name][-1]}", file=sys.stderr, flush=True)
     rows = figures(samples)
+    from _figures import tell
+
     tell(rows, as_json=options.json)
 
 

@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from _figures import figure, tell
-
 MAX_WAIT_S = 3600.0
 NODES = 3
 COPY_ROUNDS = 7
@@ -155,6 +153,8 @@ def run(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def figures(mode: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of one mode."""
+    from _figures import figure  # a worker's path lacks this folder (PYTHONSAFEPATH)
+
     blocks = measured["blocks"]
     ratios, stalls_ms, fractions = [], [], []
     for number in range(1, len(blocks), 2):
@@ -194,6 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
 
     rows = [row for mode in options.modes for row in figures(mode, run(mode, options))]
+    from _figures import tell
+
     tell(rows, as_json=options.json)
 
 
