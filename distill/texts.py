@@ -75,7 +75,7 @@ def pieces(texts: Sequence[str], part: Part) -> list[str]:
     """The pieces of `texts` that belong to `part`, in an order that mixes the whole source."""
     cut = [piece for text in texts for piece in _cut(text)]
     mine = [piece for index, piece in enumerate(cut) if _PARTS.get(index % 16, "train") == part]
-    return [mine[index] for index in _spread(len(mine))]
+    return [mine[index] for index in spread(len(mine))]
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _cut(text: str) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """0 to count - 1, each once, neighbours far apart: the order of the golden ratio's multiples."""
     return sorted(range(count), key=lambda index: (index * 0.6180339887498949) % 1)
 
