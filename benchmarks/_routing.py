@@ -3,8 +3,10 @@
 
 Channels of a layer are clustered by co-activation: on training text, which of them are among a token's strongest tenth
 (a row of 0 and 1 a channel, projected to 64 numbers); balanced k-means, each round a linear assignment of channels to
-slots of the nearest centre. A token's experts are those with the largest Σ a_i² |down_i|²: what an oracle router would
-take, and a trained one learns. Nothing here is drawn from a distribution; it is what the model computes on the text.
+slots of the nearest centre. A token's experts are those with the largest log Σ a_i² |down_i|² less a bias, which is
+chosen on training text so that all experts of a layer are taken about equally often, as trained routers are balanced
+(DeepSeek-V3's bias for selection alone, 2408.15664). Nothing here is drawn from a distribution: it is what the model
+computes on the text, with an oracle in the router's place.
 """
 
 import sys
@@ -72,29 +74,53 @@ def clusters(strong: np.ndarray, experts: int, *, seed: int, rounds: int = 4) ->
     return of
 
 
-def routing(
-    *, experts: int = 16, top_k: int = 4, fit_tokens: int = 3072, tokens: int = 12288, length: int = 256, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """`experts` (layers, tokens, top_k) int16, `tokens` and `starts`, as a trace has them.
+def balancing(energy: np.ndarray, top_k: int, *, rounds: int = 200) -> np.ndarray:
+    """A bias for each expert with which `energy` (tokens, experts) takes all about equally often: (experts,)."""
+    bias, step, experts = np.zeros(energy.shape[1]), 0.5, energy.shape[1]
+    for _ in range(rounds):
+        load = np.bincount(taken(energy, bias, top_k).ravel(), minlength=experts)
+        bias += step * np.sign(load - load.mean())
+        step *= 0.97
+    return bias
 
-    Clusters are made on the text's training part, the trace on its held-out parts.
-    """
+
+def taken(energy: np.ndarray, bias: np.ndarray, top_k: int) -> np.ndarray:
+    """(tokens, top_k), the strongest first."""
+    return np.argsort(bias - energy, axis=1, kind="stable")[:, :top_k]
+
+
+def energies(
+    *, experts: int = 16, fit_tokens: int = 3072, tokens: int = 12288, length: int = 256, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """log energy of each expert, `fit` (layers, fit_tokens, experts) on training text and `held` (layers, tokens,
+    experts) on held-out text, with the latter's `tokens` and `starts`."""
     from refound.distill.models import load
 
     source, fit = windows_of("train", fit_tokens, length)
     _, text = windows_of("test", tokens, length)
     model = load(source)
-    of = [clusters(strong, experts, seed=seed + index) for index, strong in enumerate(strengths(model, fit))]
+    of, seen = [], []
+    for index, strong in enumerate(strengths(model, fit)):
+        of.append(clusters(strong, experts, seed=seed + index))
+        seen.append(_energy(strong, of[-1], experts))
     print(f"experts made of {fit.numel():,} tokens", file=sys.stderr)
     parts = []
     for chunk in text.split(8):
-        layers = []
-        for own, strong in zip(of, strengths(model, chunk), strict=True):
-            energy = np.stack([np.square(strong[:, own == expert]).sum(1) for expert in range(experts)], axis=1)
-            layers.append(np.argsort(-energy, axis=1, kind="stable")[:, :top_k])
-        parts.append(np.stack(layers))
+        parts.append(np.stack([_energy(s, own, experts) for own, s in zip(of, strengths(model, chunk), strict=True)]))
     return {
-        "experts": np.concatenate(parts, axis=1).astype(np.int16),
+        "fit": np.stack(seen),
+        "held": np.concatenate(parts, axis=1),
         "tokens": text.flatten().numpy().astype(np.int32),
         "starts": np.arange(len(text) + 1, dtype=np.int64) * length,
     }
+
+
+def _energy(strong: np.ndarray, of: np.ndarray, experts: int) -> np.ndarray:
+    squares = [np.square(strong[:, of == expert]).sum(1) for expert in range(experts)]
+    return np.log(np.maximum(np.stack(squares, axis=1), 1e-12)).astype(np.float32)
+
+
+def routing(made: dict[str, np.ndarray], top_k: int) -> np.ndarray:
+    """The experts of each held-out token: (layers, tokens, top_k) int16."""
+    layers = [taken(held, balancing(fit, top_k), top_k) for fit, held in zip(made["fit"], made["held"], strict=True)]
+    return np.stack(layers).astype(np.int16)
