@@ -14,6 +14,8 @@ import click
 from .exits import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .nas.serving.plans import Settings, Subject
 
 _TRACE = click.argument("trace", type=click.Path(path_type=Path))
@@ -64,6 +66,10 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--map", "maps", multiple=True, metavar="ENGINE", help="Also write the placement for sglang, vllm-ascend."
 )
+@click.option("--bits", type=click.FloatRange(min=0, min_open=True), help="Also bits of experts, so many on average.")
+@click.option(
+    "--text", "sources", multiple=True, help="A source or file to measure bits on.  [default: Python's own docs]"
+)
 @_settings
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @_JSON
@@ -74,6 +80,8 @@ def plan_serving(
     model: Path | None,
     permute: Path | None,
     maps: tuple[str, ...],
+    bits: float | None,
+    sources: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -86,6 +94,7 @@ def plan_serving(
       refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL
       refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL --permute MODEL-placed
       refound plan-serving trace.safetensors --devices devices.toml --out plans --map sglang
+      refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL --bits 4.5
 
     --permute numbers the experts anew, so that any engine that shares them out in order places them as planned; the
     model computes the same. The devices and the plans: docs/serving-plans.md. Exit code 3 if the trace is damaged or of
@@ -94,15 +103,18 @@ def plan_serving(
     from .nas.serving import report
     from .nas.serving.maps import expert_map
     from .nas.serving.plan_files import write_plans
-    from .nas.serving.plans import make_plans
+    from .nas.serving.plans import make_plans, with_bits
 
-    if permute and not model:
-        raise UsageError("--permute writes a model anew, so --model must name it")
+    if (permute or bits) and not model:
+        raise UsageError("--permute and --bits read the model, so --model must name it")
     _require()
     subject = _subject(trace, devices, model)
     # before the work, so that nobody learns at its end that it was in vain
     _require_places(out, permute, overwrite=overwrite)
     plans = make_plans(subject, _settings_of(options), _say)
+    if bits and model:
+        _say("measuring what rounding does to each expert")
+        plans = with_bits(plans, subject, model, _text(model, sources or ("python-docs",)), bits)
     written = {
         f"{engine}.json": expert_map(
             engine,
@@ -119,7 +131,8 @@ def plan_serving(
         _permute(model, permute, subject, plans.placement, overwrite=overwrite)
         told["permuted"] = str(permute)
     told["files"] = [str(file) for file in files]
-    click.echo(json.dumps(told, indent=2) if as_json else report.plans_text(told))
+    text = "\n".join([report.plans_text(told), *report.served_text(plans)])
+    click.echo(json.dumps(told, indent=2) if as_json else text)
     _say(f"{out}: {', '.join(file.name for file in files)}")
 
 
@@ -225,6 +238,22 @@ def _permute(model: Path, out: Path, subject: "Subject", device_of: Any, *, over
     if left_out:
         _say(f"not copied, since what they say of experts may not hold any more: {', '.join(left_out)}")
     _say(f"{out} computes what {model} does; serve it with expert parallelism over {subject.devices.count} devices")
+
+
+def _text(model: Path, sources: tuple[str, ...]) -> "tuple[np.ndarray, np.ndarray]":
+    """Windows of 128 tokens: 16 to plan on, 16 held out."""
+    from .distill.loop import eos_of
+    from .distill.packages import require
+    from .distill.texts import open_tokenizer, pack
+    from .export.directory import open_directory
+
+    require("transformers", "tokenizers")
+    source = open_directory(model)
+    tokenizer, eos = open_tokenizer(model), eos_of(source)
+    train, test = (
+        pack(sources, part, tokenizer=tokenizer, eos=eos, count=16, length=128) for part in ("train", "test")
+    )
+    return train, test
 
 
 def _say(line: str) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 
 from ...export.atomic import fresh_directory
 from .batching import Batching
+from .bits import WIDTHS, bytes_of
 from .coclusters import Coclusters
 from .errors import MismatchError
-from .plans import FORMAT, KINDS, PREDICTOR, Plans, Subject
+from .plans import BITS, FORMAT, KINDS, PREDICTOR, Plans, Subject
 from .prediction import load_predictor, save_predictor
 
 
@@ -41,7 +42,8 @@ def read_plans(folder: Path, subject: Subject) -> Plans:
     Raises:
         MismatchError: if they are damaged, or of another model or number of devices.
     """
-    told = {kind: _read_one(folder / f"{kind}.json", kind, subject) for kind in KINDS}
+    kinds = (*KINDS, BITS) if (folder / f"{BITS}.json").exists() else KINDS
+    told = {kind: _read_one(folder / f"{kind}.json", kind, subject) for kind in kinds}
     predictor, mark = load_predictor(folder / PREDICTOR)
     if mark.get("model") != subject.trace.model or predictor.marginal.shape != _shape(subject):
         raise MismatchError(f"{folder / PREDICTOR} is of another model; make the plans again: refound plan-serving")
@@ -60,6 +62,7 @@ def read_plans(folder: Path, subject: Subject) -> Plans:
             batching=Batching(**told["batching"]["plan"]),
             look_ahead=int(told["caching"]["plan"]["look_ahead"]),
             told=told,
+            expert_bytes=_expert_bytes(told[BITS]["plan"]["bits"], subject) if BITS in told else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise MismatchError(
@@ -76,6 +79,15 @@ def _devices(raw: Any, shape: tuple[int, ...], subject: Subject) -> np.ndarray:
     if found.shape != shape or found.dtype.kind != "i" or (found.size and not _within(found, subject.devices.count)):
         raise ValueError(f"a table of devices is not {shape} numbers below {subject.devices.count}")
     return found.astype(np.int64)
+
+
+def _expert_bytes(raw: Any, subject: Subject) -> np.ndarray:
+    sizes, found = subject.sizes, np.array(raw)
+    known = (*WIDTHS, sizes.source_bits)
+    if found.shape != _shape(subject) or not np.isin(found, known).all():
+        raise ValueError(f"bits are not {_shape(subject)} numbers among {known}")
+    each = {width: bytes_of(width, sizes.parameters, sizes.source_bits) for width in known}
+    return np.vectorize(each.__getitem__, otypes=[float])(found)
 
 
 def _within(found: np.ndarray, count: int) -> bool:

@@ -26,6 +26,8 @@ from .prediction import Predictor, fit, hit_rate, marginal_guess
 
 FORMAT = "refound-serving-plan-1"
 KINDS = ("placement", "coclusters", "caching", "batching", "prediction")
+BITS = "bits"
+"""A further kind, which needs the model and text."""
 PREDICTOR = "predictor.safetensors"
 Progress = Callable[[str], None]
 _REPLAYED = 4096
@@ -62,6 +64,8 @@ class Sizes:
     """All layers, dense ones too."""
     moe_layers: tuple[int, ...]
     """Which of them have experts."""
+    source_bits: int = 16
+    """Of a weight as it is stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +148,7 @@ def _sizes_of_model(model: Path, trace: RoutingTrace) -> Sizes:
         parameters=float(parameters),
         model_layers=len(decoder.layers),
         moe_layers=layers,
+        source_bits=8 * bytes_each,
     )
 
 
@@ -159,6 +164,8 @@ class Plans:
     look_ahead: int
     told: Mapping[str, Mapping[str, Any]]
     """By kind: what its file says."""
+    expert_bytes: np.ndarray | None = None
+    """(layers, experts), if bits are planned."""
 
 
 def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda _: None) -> Plans:
@@ -225,6 +232,36 @@ def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda
         look_ahead=settings.look_ahead,
         told={kind: {"kind": kind, **mark, **told[kind]} for kind in KINDS},
     )
+
+
+def with_bits(
+    plans: Plans, subject: Subject, model: Path, text: tuple[np.ndarray, np.ndarray], mean_bits: float
+) -> Plans:
+    """The plans and one of bits beside them. text: windows (n, length) to plan on, and others to judge by.
+
+    Raises:
+        CapacityError: if so few bits cannot be.
+        ExportError, MismatchError: see `streaming.open_streamed`.
+    """
+    import torch
+
+    from .bits import WIDTHS, bytes_of, plan_bits, told_of
+    from .sensitivity import divergences, measure_harm
+
+    sizes = subject.sizes
+    harm = measure_harm(model, torch.from_numpy(text[0]), WIDTHS)
+    widths = (*WIDTHS, sizes.source_bits)
+    found = plan_bits(harm, widths, parameters=sizes.parameters, mean_bits=mean_bits)
+    uniform = np.full_like(found.bits, found.uniform_bits)
+    before, after = divergences(model, torch.from_numpy(text[1]), [uniform, found.bits], sizes.source_bits)
+    mark = {key: value for key, value in plans.told["placement"].items() if key in _MARK}
+    told = {"kind": BITS, **mark, **told_of(found), "measured": {"without": before, "with": after}}
+    each = {width: bytes_of(width, sizes.parameters, sizes.source_bits) for width in widths}
+    expert_bytes = np.vectorize(each.__getitem__, otypes=[float])(found.bits)
+    return dataclasses.replace(plans, told={**plans.told, BITS: told}, expert_bytes=expert_bytes)
+
+
+_MARK = ("format", "model", "trace", "made_on", "judged_on", "experts", "layers", "devices")
 
 
 def _both(

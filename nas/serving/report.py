@@ -36,12 +36,7 @@ def to_json(subject: Subject, plans: Plans, compared: Sequence[Compared] = ()) -
 
 def plans_text(told: Mapping[str, Any]) -> str:
     """A line a figure: what it is without the plan, predicted with it, and measured with it on held-out sequences."""
-    rows = [("plan", "figure", "without", "predicted", "measured")]
-    for kind, name, pick in _FIGURES:
-        parts = told["plans"][kind]
-        before, _ = pick(parts["measured"])
-        rows.append((kind, name, before, pick(parts["predicted"])[1], pick(parts["measured"])[1]))
-    return "\n".join(columns(rows))
+    return "\n".join(columns(_plan_rows(told)))
 
 
 def _share(value: float) -> str:
@@ -77,6 +72,7 @@ _FIGURES = (
         lambda p: (f"{p['without']['unique']:.2f}", f"{p['with']['unique']:.2f}"),
     ),
     ("prediction", "hits before the first layer", lambda p: (_share(p["without"]), _share(p["ahead"]))),
+    ("bits", "harm by rounding, one width or chosen", lambda p: (f"{p['without']:.4g}", f"{p['with']:.4g}")),
     ("prediction", "hits a layer ahead", lambda p: (_share(p["without"]), _share(p["path"]))),
 )
 
@@ -142,9 +138,16 @@ _BARS = (
 def _plan_rows(told: Mapping[str, Any]) -> list[list[str]]:
     rows = [["plan", "figure", "without", "predicted", "measured"]]
     for kind, name, pick in _FIGURES:
+        if kind not in told["plans"]:
+            continue
         parts = told["plans"][kind]
         rows.append([kind, name, pick(parts["measured"])[0], pick(parts["predicted"])[1], pick(parts["measured"])[1]])
     return rows
+
+
+def served_text(plans: Plans) -> list[str]:
+    """Which engine serves the bits, a line each."""
+    return [f"bits in {engine}: {told}" for engine, told in plans.told.get("bits", {}).get("served", {}).items()]
 
 
 def _what(told: Mapping[str, Any]) -> list[list[str]]:

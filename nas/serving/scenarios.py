@@ -16,6 +16,7 @@ from .simulation import Outcome, Scenario, in_host_of, simulate
 
 USUAL = "as engines do"
 ALL = "all plans"
+_BITS = "fewer bits for experts that bear it: less to read and to load"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) ->
     def but(name: str, **changes: object) -> Scenario:
         return dataclasses.replace(base, name=name, **changes)  # type: ignore[arg-type]
 
+    bits = [] if plans.expert_bytes is None else [(but("bits", expert_bytes=plans.expert_bytes), _BITS)]
+    lean = {} if plans.expert_bytes is None else {"expert_bytes": plans.expert_bytes}
     told = "contiguous experts, a sequence stays on its device, batches by arrival, LRU, loads on demand"
     grouped = {"device_of": plans.coclusters.device_of, "home": plans.coclusters.home_of(part.tokens)}
     return [
@@ -62,9 +65,11 @@ def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) ->
         (but("Belady", policy="belady", look_ahead=ahead), f"evicts what is needed last, {ahead} steps known"),
         (but("prediction", foresight="predicted", guessed=guessed), "experts are loaded when tables foresee them"),
         (but("pre-gating", foresight="known"), "a pre-gating router's queue: every load is foreseen"),
+        *bits,
         (
             but(
                 ALL,
+                **lean,
                 device_of=plans.placement,
                 home=None,
                 batches=batches[True],
@@ -72,7 +77,7 @@ def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) ->
                 look_ahead=ahead,
                 foresight="known",
             ),
-            "placement, moving tokens, batching, Belady and pre-gating together",
+            "placement, moving tokens, batching, Belady, pre-gating and bits (if planned) together",
         ),
     ]
 

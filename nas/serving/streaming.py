@@ -213,7 +213,7 @@ class StreamedExperts(torch.nn.Module):
 
     def __init__(self, layer: int, count: int, act_fn: Callable[..., torch.Tensor], store: ExpertStore, plan: "Ahead"):
         super().__init__()
-        self.layer, self.count, self.act_fn, self._store, self._plan = layer, count, act_fn, store, plan
+        self.layer, self.count, self.act_fn, self.store, self._plan = layer, count, act_fn, store, plan
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -225,7 +225,7 @@ class StreamedExperts(torch.nn.Module):
         self._plan.entered(self.layer, needed)
         for expert in needed:
             place, token = torch.where(mask[expert])
-            gate_up, down = self._store.get((self.layer, expert))
+            gate_up, down = self.store.get((self.layer, expert))
             gate, up = torch.nn.functional.linear(hidden_states[token], gate_up).chunk(2, dim=-1)
             found = torch.nn.functional.linear(self.act_fn(gate) * up, down)
             found = found * top_k_weights[token, place, None]
@@ -254,9 +254,16 @@ class Ahead:
 
 @contextmanager
 def open_streamed(
-    path: Path, config: StreamConfig, *, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
+    path: Path,
+    config: StreamConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
+    files: Callable[[ModelDirectory, torch.dtype], ExpertFiles] = ExpertFiles,
 ) -> Iterator[tuple[Any, ExpertStore]]:
     """The model in `path` as transformers' class, with streamed experts: (model, store), in evaluation mode.
+
+    files: what reads experts, where they shall be other than they are stored.
 
     Raises:
         ExportError: see `export.directory.open_directory`.
@@ -264,10 +271,10 @@ def open_streamed(
         CapacityError: if there is no slot.
     """
     source = open_directory(path, tokenizer=False)
-    files = ExpertFiles(source, dtype)
-    store = ExpertStore(files, config, device)
+    reader = files(source, dtype)
+    store = ExpertStore(reader, config, device)
     try:
-        yield _without_experts(source, files, store, device), store
+        yield _without_experts(source, reader, store, device), store
     finally:
         store.close()
 

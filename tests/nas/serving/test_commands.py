@@ -82,6 +82,29 @@ def test_a_placement_is_realized_by_the_permuted_model(tmp_path: Path) -> None:
     assert refused.exit_code == 3 and "the trace of another model" in refused.stderr
 
 
+def test_bits_are_planned_and_served_where_they_can_be(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", decoder("mixtral", layers=2))
+    trace = routed(model, torch.randint(0, 384, (8, 24), generator=torch.Generator().manual_seed(1)))
+    write_trace(tmp_path / "trace.safetensors", trace)
+    (tmp_path / "devices.toml").write_text("gpus = 2\nmemory_gb = 0.001\n")
+    words = (tmp_path / "trace.safetensors", "--devices", tmp_path / "devices.toml", "--model", model)
+    done = run("plan-serving", *words, "--out", tmp_path / "plans", "--bits", 5)
+    assert done.exit_code == 0, done.output
+    assert "bits in vllm: no: experts of one layer differ" in done.stdout
+    told = json.loads((tmp_path / "plans" / "bits.json").read_text())
+    assert told["proven"] and told["predicted"]["with"] <= told["predicted"]["without"]
+    assert told["plan"]["mean_bits"] <= 5 and told["measured"]["with"] > 0
+    replayed = run("simulate-serving", *words, "--plans", tmp_path / "plans", "--json")
+    assert replayed.exit_code == 0, replayed.output
+    assert "bits" in [one["name"] for one in json.loads(replayed.stdout)["scenarios"]]
+    told["plan"]["bits"][0][0] = 5
+    (tmp_path / "plans" / "bits.json").write_text(json.dumps(told))
+    refused = run("simulate-serving", *words, "--plans", tmp_path / "plans")
+    assert refused.exit_code == 3 and "among (2, 3, 4, 8, 32)" in refused.stderr
+    few = run("plan-serving", *words, "--out", tmp_path / "few", "--bits", 1)
+    assert few.exit_code == 3 and "fewer than the narrowest width" in few.stderr
+
+
 def test_plans_are_made_kept_and_replayed(tmp_path: Path) -> None:
     trace, devices = written(tmp_path)
     plans, page = tmp_path / "plans", tmp_path / "report.html"
