@@ -94,10 +94,7 @@ def plan_bits(
 
 def servable(bits: np.ndarray) -> dict[str, str]:
     """For each engine a sentence: how it serves experts of these bits, or why it does not."""
-    found = {}
-    for name, engine in ENGINES.items():
-        found[name] = _served(name, engine.weights, bits)
-    return found
+    return {name: _served(name, engine.layout, bits) for name, engine in ENGINES.items()}
 
 
 _FUSED: Mapping[str, str] = {
@@ -107,19 +104,20 @@ _FUSED: Mapping[str, str] = {
     "sglang": "its fused kernel takes one scheme for all experts of a layer",
     "tensorrt-llm": "its fused kernel takes one scheme for all experts of a layer",
 }
+_GGUF = {8: "q8_0", 4: "q4_k"}
 
 
-def _served(name: str, formats: Sequence[str], bits: np.ndarray) -> str:
+def _served(name: str, layout: str, bits: np.ndarray) -> str:
     widths = sorted(set(bits.ravel().tolist()))
-    if len(widths) == 1 and f"int{widths[0]}" in formats:
-        return f"yes: refound export --to {name} --quantize int{widths[0]}"
-    if len(widths) == 1 and name == "llama.cpp" and widths[0] in (4, 8):
-        return f"yes: refound export --to llama.cpp --quantize {'q8_0' if widths[0] == 8 else 'q4_k'}"
     if (bits != bits[:, :1]).any():
         return f"no: experts of one layer differ, and {_FUSED[name]}"
-    if len(widths) == 1:
-        return f"no: no format of {widths[0]} bits is written for it ({', '.join(formats)})"
-    return "no: layers differ, and refound export writes one format for a whole model"
+    if len(widths) > 1:
+        return "no: layers differ, and refound export writes one format for a whole model"
+    if layout == "gguf" and widths[0] in _GGUF:
+        return f"yes, in llama.cpp's own rounding: refound export --to {name} --quantize {_GGUF[widths[0]]}"
+    if widths[0] >= 16:
+        return f"yes, nothing is rounded: refound export --to {name}"
+    return f"no: refound export writes no experts of {widths[0]} bits for it"
 
 
 def told_of(plan: BitPlan) -> dict[str, Any]:

@@ -90,5 +90,5 @@ def test_engines_say_how_they_serve_bits_or_why_not() -> None:
     layers = servable(np.array([[4, 4], [8, 8]]))
     assert all("layers differ" in told for told in layers.values())
     alike = servable(np.full((2, 2), 4))
-    assert alike["vllm"] == "yes: refound export --to vllm --quantize int4"
-    assert "q4_k" in alike["llama.cpp"] and alike["sglang"].startswith("no: no format of 4 bits")
+    assert "--quantize q4_k" in alike["llama.cpp"] and alike["vllm"].startswith("no: refound export writes no experts")
+    assert all(told.startswith("yes, nothing is rounded") for told in servable(np.full((2, 2), 16)).values())
