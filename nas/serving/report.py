@@ -72,7 +72,11 @@ _FIGURES = (
         lambda p: (f"{p['without']['unique']:.2f}", f"{p['with']['unique']:.2f}"),
     ),
     ("prediction", "hits before the first layer", lambda p: (_share(p["without"]), _share(p["ahead"]))),
-    ("bits", "KL of rounding, one width or chosen (predicted: harm)", lambda p: (f"{p['without']:.4g}", f"{p['with']:.4g}")),
+    (
+        "bits",
+        "KL of rounding, one width or chosen (predicted: harm)",
+        lambda p: (f"{p['without']:.4g}", f"{p['with']:.4g}"),
+    ),
     ("prediction", "hits a layer ahead", lambda p: (_share(p["without"]), _share(p["path"]))),
 )
 

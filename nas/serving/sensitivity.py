@@ -14,7 +14,8 @@ import torch
 
 from ...export.directory import ModelDirectory
 from .bits import GROUP
-from .streaming import ExpertFiles, Key, StreamConfig, StreamedExperts, open_streamed
+from .expert_store import Buffers, ExpertFiles, Key, StreamConfig
+from .streaming import StreamedExperts, gated, open_streamed
 
 _CONFIG = StreamConfig(device_slots=4, host_slots=8)
 
@@ -47,19 +48,12 @@ class _Measured(torch.nn.Module):
         for expert in torch.unique(top_k_index).tolist():
             token, place = torch.where(top_k_index == expert)
             inputs, weight = hidden_states[token], top_k_weights[token, place, None]
-            gate_up, down = self.own.store.get((self.own.layer, expert))
-            before = _expert(inputs, gate_up, down, self.own.act_fn) * weight
+            gate_up, down = self.own.store.get((self.own.layer, expert))[:2]
+            before = gated(inputs, gate_up, down, self.own.act_fn) * weight
             for index, width in enumerate(self.widths):
-                after = _expert(inputs, rounded(gate_up, width), rounded(down, width), self.own.act_fn) * weight
+                after = gated(inputs, rounded(gate_up, width), rounded(down, width), self.own.act_fn) * weight
                 self.harm[expert, index] += float((after - before).double().square().sum())
         return out
-
-
-def _expert(
-    inputs: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, act_fn: Callable[..., torch.Tensor]
-) -> torch.Tensor:
-    gate, up = torch.nn.functional.linear(inputs, gate_up).chunk(2, dim=-1)
-    return torch.nn.functional.linear(act_fn(gate) * up, down)
 
 
 def measure_harm(path: Path, windows: torch.Tensor, widths: Sequence[int]) -> np.ndarray:
@@ -88,11 +82,11 @@ class _RoundedFiles(ExpertFiles):
         super().__init__(source, dtype)
         self._bits = bits
 
-    def read(self, key: Key, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        super().read(key, gate_up, down)
+    def read(self, key: Key, buffers: Buffers) -> None:
+        super().read(key, buffers)
         if key in self._bits:
-            gate_up.copy_(rounded(gate_up, self._bits[key]))
-            down.copy_(rounded(down, self._bits[key]))
+            for weight in buffers:
+                weight.copy_(rounded(weight, self._bits[key]))
 
 
 def divergences(path: Path, windows: torch.Tensor, plans: Sequence[np.ndarray], source_bits: int) -> list[float]:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refound.nas.serving.bits import bytes_of, plan_bits, servable
 from refound.nas.serving.errors import CapacityError, PlanError
+from refound.nas.serving.expert_store import StreamConfig
 from refound.nas.serving.sensitivity import divergences, measure_harm, rounded
-from refound.nas.serving.streaming import StreamConfig, open_streamed
+from refound.nas.serving.streaming import open_streamed
 
 from ...export.models import decoder, write_model
 

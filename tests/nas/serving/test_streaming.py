@@ -7,7 +7,8 @@ import pytest
 import torch
 from refound.export.architecture import FFN
 from refound.nas.serving.errors import CapacityError, MismatchError
-from refound.nas.serving.streaming import ExpertFiles, StreamConfig, open_streamed
+from refound.nas.serving.expert_store import ExpertFiles, StreamConfig
+from refound.nas.serving.streaming import open_streamed
 
 from ...export.models import decoder, with_layer, write_model
 
@@ -75,12 +76,12 @@ def test_a_read_that_fails_leaves_nothing_half_read(tmp_path: Path, monkeypatch:
     with open_streamed(path, config) as (model, _):
         read, calls = ExpertFiles.read, []
 
-        def fails_once(self: ExpertFiles, key: tuple[int, int], gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        def fails_once(self: ExpertFiles, key: tuple[int, int], buffers: tuple[torch.Tensor, ...]) -> None:
             calls.append(key)
             if len(calls) == 5:
-                gate_up.fill_(float("nan"))
+                buffers[0].fill_(float("nan"))
                 raise OSError("the disk is gone")
-            read(self, key, gate_up, down)
+            read(self, key, buffers)
 
         monkeypatch.setattr(ExpertFiles, "read", fails_once)
         try:
