@@ -19,6 +19,7 @@ import click
 from . import __version__
 from .ckpt.errors import SnapshotError
 from .cli_models import bench, distill, export, search
+from .cli_serving import plan_serving, simulate_serving
 from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
 from .plan_settings import SETTINGS, Setting
 
@@ -438,4 +439,6 @@ def stop(job: str, force: bool) -> None:
 
 
 for command in (export, bench, search, distill):
+    main.add_command(command)
+for command in (plan_serving, simulate_serving):
     main.add_command(command)

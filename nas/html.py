@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --faint: #8a8f98; --page: #ffffff; --line: #d9dce1; --hot: #c2410c;
   --cold: #2563eb; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7e9ec; --faint: #9aa0a8; --page: #16181b; --line: #34383e;
@@ -41,12 +41,10 @@ def page(told: Mapping[str, Any]) -> str:
         parts.append(f"<h2>Left out, since an engine does not take it</h2><ul>{reasons}</ul>")
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n'
-    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     told = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -66,7 +64,7 @@ def _budget(budgets: Sequence[Mapping[str, Any]]) -> str:
         for budget in budgets
     ]
     header = ["limit", "teacher", "allowed", "used", "binds", "1% more lowers the score by"]
-    return "<h2>Budget</h2>" + _table(header, rows, "in parameters, bytes or seconds")
+    return "<h2>Budget</h2>" + table(header, rows, "in parameters, bytes or seconds")
 
 
 def _front(told: Mapping[str, Any]) -> str:
@@ -152,7 +150,7 @@ def _child(child: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
         distilled = f"<p>Distilled on {told['tokens']:,} tokens: KL {before:.4f} to {after:.4f}.</p>"
     return (
         f"<h2>{escape(child['path'])}</h2><p>{text}</p>{_layers(child['layers'], teacher['layers'])}"
-        f"{_table(header, rows)}{distilled}<p>Serve it: <code>{escape(child['export'])}</code></p>"
+        f"{table(header, rows)}{distilled}<p>Serve it: <code>{escape(child['export'])}</code></p>"
     )
 
 
@@ -225,4 +223,4 @@ def _composition(told: Mapping[str, Any]) -> str:
         f"(a^p + f^p)^(1/p) with p = {last['p']:.2f} within a layer; a child is {last['scale']:.2f} times the sum over "
     )
     words += f"layers to the power {last['power']:.2f}."
-    return f"<h2>How scores compose</h2><p>{words}</p>" + _table(["layer", "attention", "FFN", "together"], rows)
+    return f"<h2>How scores compose</h2><p>{words}</p>" + table(["layer", "attention", "FFN", "together"], rows)

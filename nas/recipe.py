@@ -157,7 +157,7 @@ def read_recipe(path: Path, settings: Sequence[str] = (), *, toy: bool = False) 
             problems.append(f"--set {setting!r} is not of the form a.b=value")
             continue
         _put(raw, name.strip().split("."), _value(text), problems)
-    recipe = _read(Recipe, raw, "", problems)
+    recipe = read_dataclass(Recipe, raw, "", problems)
     if recipe is not None and not problems:
         problems += check(recipe)
     elif isinstance(raw.get("budget"), dict):
@@ -252,8 +252,8 @@ def _put(raw: dict[str, Any], path: list[str], value: Any, problems: list[str]) 
     table[path[-1]] = value
 
 
-def _read(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
-    """A dataclass out of a table. None if something is wrong, which `problems` then names."""
+def read_dataclass(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
+    """The dataclass `kind` out of a table. None if something is wrong, which `problems` then names."""
     if not isinstance(raw, dict):
         problems.append(f"{where or 'the recipe'} must be a table, not {raw!r}")
         return None
@@ -280,7 +280,7 @@ def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if origin is types.UnionType:
         return _convert(inner[0], value, where, problems)
     if is_dataclass(hint):
-        return _read(hint, value, where, problems)
+        return read_dataclass(hint, value, where, problems)
     if origin is tuple:
         if not isinstance(value, list):
             value = [value]

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that plan how a mixture of experts is served: what is typed, what is printed, the exit code.
+
+What is heavy is imported inside the command that needs it, as in `cli.py`.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .exits import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .nas.serving.plans import Settings, Subject
+
+_TRACE = click.argument("trace", type=click.Path(path_type=Path))
+_DEVICES = click.option(
+    "--devices", required=True, type=click.Path(path_type=Path), help="GPUs, nodes, bandwidths and memory, as TOML."
+)
+_MODEL = click.option(
+    "--model", type=click.Path(path_type=Path, exists=True, file_okay=False), help="The directory the trace is of."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+
+
+def _settings(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(
+        (
+            click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Tokens a step."),
+            click.option(
+                "--active", type=click.IntRange(min=1), default=32, show_default=True, help="Sequences open at a time."
+            ),
+            click.option(
+                "--patience", type=click.IntRange(min=1), default=8, show_default=True, help="Steps that one may wait."
+            ),
+            click.option(
+                "--look-ahead",
+                type=click.IntRange(min=0),
+                default=64,
+                show_default=True,
+                help="Tokens whose experts a pre-gating router knows beforehand.",
+            ),
+            click.option(
+                "--slots", type=click.IntRange(min=1), help="Experts a layer in a cache.  [default: by memory]"
+            ),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of the placement's starts."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("plan-serving", short_help="Plan how a mixture of experts is served, from a trace of its routing.")
+@_TRACE
+@_DEVICES
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the plans go.")
+@_MODEL
+@click.option(
+    "--permute", type=click.Path(file_okay=False, path_type=Path), help="Also write MODEL so that engines realize it."
+)
+@click.option(
+    "--map", "maps", multiple=True, metavar="ENGINE", help="Also write the placement for sglang, vllm-ascend."
+)
+@click.option("--bits", type=click.FloatRange(min=0, min_open=True), help="Also bits of experts, so many on average.")
+@click.option(
+    "--text", "sources", multiple=True, help="A source or file to measure bits on.  [default: Python's own docs]"
+)
+@_settings
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@_JSON
+def plan_serving(
+    trace: Path,
+    devices: Path,
+    out: Path,
+    model: Path | None,
+    permute: Path | None,
+    maps: tuple[str, ...],
+    bits: float | None,
+    sources: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make plans on the first half of TRACE and judge them on the rest: placement of experts, groups of token ids and
+    experts, caches, batches, and a predictor of routing paths.
+
+    \b
+    Examples:
+      refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL
+      refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL --permute MODEL-placed
+      refound plan-serving trace.safetensors --devices devices.toml --out plans --map sglang
+      refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL --bits 4.5
+
+    --permute numbers the experts anew, so that any engine that shares them out in order places them as planned; the
+    model computes the same. The devices and the plans: docs/serving-plans.md. Exit code 3 if the trace is damaged or of
+    another model, or the devices cannot hold its experts.
+    """
+    from .nas.serving import report
+    from .nas.serving.maps import expert_map
+    from .nas.serving.plan_files import write_plans
+    from .nas.serving.plans import make_plans, with_bits
+
+    if (permute or bits) and not model:
+        raise UsageError("--permute and --bits read the model, so --model must name it")
+    _require()
+    subject = _subject(trace, devices, model)
+    # before the work, so that nobody learns at its end that it was in vain
+    _require_places(out, permute, overwrite=overwrite)
+    plans = make_plans(subject, _settings_of(options), _say)
+    if bits and model:
+        _say("measuring what rounding does to each expert")
+        plans = with_bits(plans, subject, model, _text(model, sources or ("python-docs",)), bits)
+    written = {
+        f"{engine}.json": expert_map(
+            engine,
+            plans.placement,
+            subject.devices.count,
+            layers=subject.sizes.moe_layers,
+            model_layers=subject.sizes.model_layers,
+        )
+        for engine in maps
+    }
+    files = write_plans(plans, out, maps=written, overwrite=overwrite)
+    told = report.to_json(subject, plans)
+    if permute and model:
+        _permute(model, permute, subject, plans.placement, overwrite=overwrite)
+        told["permuted"] = str(permute)
+    told["files"] = [str(file) for file in files]
+    text = "\n".join([report.plans_text(told), *report.served_text(plans)])
+    click.echo(json.dumps(told, indent=2) if as_json else text)
+    _say(f"{out}: {', '.join(file.name for file in files)}")
+
+
+@click.command("simulate-serving", short_help="Replay a routing trace on devices, with and without each plan.")
+@_TRACE
+@_DEVICES
+@click.option(
+    "--plans", type=click.Path(file_okay=False, path_type=Path), help="From plan-serving.  [default: made now]"
+)
+@_MODEL
+@click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Batches to replay at most.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots.")
+@_settings
+@_JSON
+def simulate_serving(
+    trace: Path,
+    devices: Path,
+    plans: Path | None,
+    model: Path | None,
+    steps: int,
+    html: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Replay TRACE event by event: latency, hit rate and hops between devices, as engines do it, with each plan alone,
+    and with all.
+
+    \b
+    Examples:
+      refound simulate-serving trace.safetensors --devices devices.toml --model MODEL
+      refound simulate-serving trace.safetensors --devices devices.toml --plans plans --html report.html
+
+    Only sequences that the plans were not made on are replayed; plans of another trace of the same model are judged on
+    all of this one. What is simulated and what is not: docs/serving-plans.md. Exit code 3 if the trace is damaged or of
+    another model than --model or the plans, or if the devices cannot hold its experts.
+    """
+    from .nas.serving import report
+    from .nas.serving.plan_files import read_plans
+    from .nas.serving.plans import make_plans
+    from .nas.serving.scenarios import compare
+
+    _require()
+    subject = _subject(trace, devices, model)
+    settings = _settings_of(options)
+    found = read_plans(plans, subject) if plans else make_plans(subject, settings, _say)
+    told_of = found.told["placement"]
+    part = subject.trace
+    if told_of["trace"] == subject.sha256:
+        part = part.part(*told_of["judged_on"])
+    told = report.to_json(subject, found, compare(subject, part, found, steps, _say))
+    if html:
+        try:
+            html.write_text(report.page(told), encoding="utf-8")
+        except OSError as error:
+            raise click.ClickException(f"{html} could not be written: {error.strerror}") from error
+        _say(str(html))
+    text = f"{report.plans_text(told)}\n\n{report.scenarios_text(told)}"
+    click.echo(json.dumps(told, indent=2) if as_json else text)
+
+
+def _require() -> None:
+    from .distill.packages import require
+
+    require("scipy", "safetensors")
+
+
+def _subject(trace: Path, devices: Path, model: Path | None) -> "Subject":
+    from .nas.serving.devices import read_devices
+    from .nas.serving.plans import open_subject
+
+    return open_subject(trace, read_devices(devices), model)
+
+
+def _settings_of(options: dict[str, Any]) -> "Settings":
+    from .nas.serving.batching import Batching
+    from .nas.serving.plans import Settings
+
+    how = Batching(batch=options["batch"], active=options["active"], patience=options["patience"])
+    return Settings(batching=how, look_ahead=options["look_ahead"], slots=options["slots"] or 0, seed=options["seed"])
+
+
+def _require_places(*places: Path | None, overwrite: bool) -> None:
+    from .export.atomic import require_absent
+
+    for place in places:
+        if place:
+            require_absent(place, overwrite=overwrite)
+
+
+def _permute(model: Path, out: Path, subject: "Subject", device_of: Any, *, overwrite: bool) -> None:
+    from .export.directory import open_directory
+    from .nas.serving.permute import order_of, permute_experts
+
+    source = open_directory(model, tokenizer=False)
+    order = order_of(device_of)
+    record = {
+        "permuted_from": subject.trace.model,
+        "trace": subject.sha256,
+        "devices": subject.devices.count,
+        "order": order.tolist(),
+    }
+    left_out = permute_experts(source, order, out, record=record, overwrite=overwrite, progress=_say)
+    if left_out:
+        _say(f"not copied, since what they say of experts may not hold any more: {', '.join(left_out)}")
+    _say(f"{out} computes what {model} does; serve it with expert parallelism over {subject.devices.count} devices")
+
+
+def _text(model: Path, sources: tuple[str, ...]) -> "tuple[np.ndarray, np.ndarray]":
+    """Windows of 128 tokens: 16 to plan on, 16 held out."""
+    from .distill.loop import eos_of
+    from .distill.packages import require
+    from .distill.texts import open_tokenizer, pack
+    from .export.directory import open_directory
+
+    require("transformers", "tokenizers")
+    source = open_directory(model)
+    tokenizer, eos = open_tokenizer(model), eos_of(source)
+    train, test = (
+        pack(sources, part, tokenizer=tokenizer, eos=eos, count=16, length=128) for part in ("train", "test")
+    )
+    return train, test
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
