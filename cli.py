@@ -19,6 +19,7 @@ import click
 from . import __version__
 from .ckpt.errors import SnapshotError
 from .cli_models import bench, distill, export, search
+from .cli_tune import adapter, tune
 from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
 from .plan_settings import SETTINGS, Setting
 
@@ -437,5 +438,5 @@ def stop(job: str, force: bool) -> None:
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
 
 
-for command in (export, bench, search, distill):
+for command in (export, bench, search, distill, tune, adapter):
     main.add_command(command)

