@@ -20,7 +20,8 @@ from refound.adapters.recipe import read_tune
 from refound.adapters.saved import open_tuned
 from refound.cli import main
 from refound.distill.resume import STATE, state_folder
-from safetensors.torch import load_file, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ..export.models import decoder, write_model
