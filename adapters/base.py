@@ -92,7 +92,9 @@ def load_model(base: Base, *, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
     if base.source is not None and uniform_obstacles(base.source.decoder):
         from ..distill.models import load
 
-        return load(base.source, dtype=dtype)
+        child: Any = load(base.source, dtype=dtype)
+        child.name_or_path = str(base.path)  # where PEFT looks for what it writes down
+        return child
     from transformers import AutoModelForCausalLM
 
     found: Any = AutoModelForCausalLM.from_pretrained(

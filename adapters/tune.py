@@ -24,7 +24,7 @@ from ..distill.texts import open_tokenizer, pack
 from ..export.atomic import fresh_directory, require_absent
 from .base import Base, load_model, open_base, write_recast
 from .data import Sample, batches, collate, read_records, split, window_sample
-from .errors import AdapterError, DataError
+from .errors import AdapterError, DataError, NotServableError
 from .losses import Hook, fait_hook, static_weights, token_loss
 from .method import Attached, record_of
 from .peft_methods import PeftAttached, write_lora
@@ -173,7 +173,13 @@ class _Run:
 
     @property
     def _served(self) -> str:
-        return SERVED.get(self._recipe.kind) or "see `refound export`: as a model, or why not"
+        """How; or why not, which nobody should learn after the training."""
+        if told := SERVED.get(self._recipe.kind):
+            return told
+        try:
+            return f"{self._attached.recast().how} into the base, as a model"
+        except NotServableError as error:
+            return f"not: {error}"
 
     def plan(self) -> TunePlan:
         return TunePlan(

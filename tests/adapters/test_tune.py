@@ -18,13 +18,14 @@ from refound.adapters.base import load_model, open_base
 from refound.adapters.ranks import lower_rank
 from refound.adapters.recipe import read_tune
 from refound.adapters.saved import open_tuned
+from refound.adapters.tune import tune
 from refound.cli import main
 from refound.distill.resume import STATE, state_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ..export.models import decoder, write_model
+from ..export.models import decoder, heterogeneous, write_model
 
 RECIPE = """
 base = "{base}"
@@ -98,6 +99,42 @@ def test_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(recipe: Path, tm
     assert not state.exists()
     third = refound("tune", recipe)
     assert third.exit_code == 0 and "is the result of this very run already" in third.output
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_a_pruning_that_is_cut_off_goes_on_with_the_same_masks(recipe: Path, tmp_path: Path) -> None:
+    settings = ["method.kind=pruned-lora", "method.ffn=0.5", "method.kv_heads=1", "train.save_every=1"]
+    whole, cut = (read_tune(recipe, [*settings, f"out={tmp_path / name}"]) for name in ("whole", "cut"))
+    tune(whole, lambda line: None)
+
+    def stop(line: str) -> None:
+        if line.startswith("step 5 "):  # some channels have gone, others have not
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        tune(cut, stop)
+    tune(cut, lambda line: None)
+    for file in ("adapter_model.safetensors", "base/model.safetensors", "lora/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    there = load_file(tmp_path / "cut" / "adapter_model.safetensors")["model.layers.0.mlp.there"]
+    assert int(there.sum()) == 64 and len(there) == 96  # a multiple of 32
+
+
+@pytest.mark.parametrize("kind", ["lora", "parallel"])
+def test_children_whose_layers_differ_are_tuned_too(kind: str, recipe: Path, tmp_path: Path) -> None:
+    child, out = write_model(tmp_path / "child", heterogeneous()), tmp_path / "out"
+    method = "method.rank=2" if kind == "lora" else "method={kind='parallel', width=8}"
+    done = refound("tune", recipe, "--set", f"base={child}", "--set", method, "--set", "train.steps=2")
+    assert done.exit_code == 0, done.output
+    wanted = logits(open_tuned(out, open_base(child)).model)
+    merge = ["--merge"] if kind == "lora" else []
+    exported = refound("export", out, *merge, "--to", "transformers", "--no-verify", "--out", tmp_path / "served")
+    assert exported.exit_code == 0, exported.output
+    served = load_model(open_base(tmp_path / "served" / "huggingface"))
+    assert (logits(served) - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
 METHODS = {
@@ -285,6 +322,6 @@ def test_a_prefix_is_refused_with_the_nearest_that_is_served(recipe: Path, tmp_p
     write_model(other, decoder(layers=2, head_dim=16))
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     done = refound("tune", recipe, "--set", "method={kind='prefix', tokens=3}", "--set", f"base={other}")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0 and "served: not: a trained prefix is keys and values" in done.output, done.output
     served = refound("export", tmp_path / "out", "--to", "transformers", "--no-verify")
     assert served.exit_code == 3 and 'Nearest that is served: kind = "lora"' in served.output
