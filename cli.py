@@ -53,6 +53,7 @@ def main(context: click.Context) -> None:
       refound verify                                is it still what was put there
       refound plan --nodes 64 --params 70B          what protection costs a job and what it saves
       refound search recipes/smollm2.toml --toy     the best smaller model for a budget, in three minutes
+      refound tune recipes/lora-smollm2.toml        an adapter, and how it is served
       refound distill CHILD --teacher MODEL …       what a child forgot, learned again from its teacher
       refound export MODEL --to vllm,llama.cpp      what stock engines load, proven equal to MODEL
 

@@ -23,7 +23,7 @@ FLOORS: dict[str, set[str]] = {
     "ckpt": {"erasure"},
     "distill": {"ckpt", "export"},
     "demo": {"erasure", "ckpt", "distill", "protect"},  # the root's `protect` is that of ckpt
-    "adapters": {"distill", "export"},
+    "adapters": {"ckpt", "distill", "export"},
     "nas": {"distill", "export", "text"},  # `text`: numbers as people read them
     "chaos": {"ckpt"},
 }
