@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--tiny", action="store_true", help="a random model, to see that it runs")
     parser.add_argument("--only", choices=["methods", "served", "losses"], help="a part")
-    parser.add_argument("--steps", type=int, default=0, help="of training, for each (default: 8, and 16 for losses)")
+    parser.add_argument("--steps", type=int, default=0, help="of training, for each (default: 6, and 10 for losses)")
     parser.add_argument("--out", type=Path, help="keep what is trained here, and go on from what is there")
     return parser.parse_args(arguments)
 
@@ -68,8 +68,8 @@ def recipe_of(options: argparse.Namespace, method: Any, out: Path, **changes: An
     from refound.adapters.recipe import Data, Train, TuneRecipe
 
     tiny = options.tiny
-    data = Data(sources=("python-docs",), length=16 if tiny else 64, windows=40, held_out=8)
-    train = Train(batch=4, steps=options.steps or 8, lr=changes.pop("lr", 1e-3), save_every=1000)
+    data = Data(sources=("python-docs",), length=16 if tiny else 32, windows=40, held_out=8)
+    train = Train(batch=4, steps=options.steps or 6, lr=changes.pop("lr", 1e-3), save_every=1000)
     return TuneRecipe(base=options.base, out=str(out), method=method, data=data, train=train, **changes)
 
 
@@ -276,7 +276,7 @@ def tune_on(options: argparse.Namespace, file: Path, out: Path, **changes: Any) 
     from refound.adapters.tune import tune
 
     recipe = recipe_of(options, Lora(rank=8, alpha=16, dropout=0.0), out, **changes)
-    steps = options.steps or (4 if options.tiny else 16)
+    steps = options.steps or (4 if options.tiny else 10)
     data = Data(sources=(str(file),), length=240, held_out=8)
     tune(replace(recipe, data=data, train=replace(recipe.train, steps=steps)), lambda line: None)
     return out
