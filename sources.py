@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.saved import base_named, becomes_model, served_model
+from .adapters.saved import base_named, becomes_model, check_tuned, served_model
 from .ckpt.client import sockets_of
 from .ckpt.errors import ConfigError
 from .ckpt.source import open_source
@@ -119,6 +119,7 @@ def beside_base(source: str, like: Path | None, *, merge: bool) -> "tuple[Adapte
         return None
     if merge:
         return None
+    check_tuned(Path(source))
     base = open_directory(configuration_of(source, like), tokenizer=False)
     return read_adapter(Path(source), base), base
 
@@ -155,6 +156,7 @@ def open_trained(source: str, like: Path) -> Iterator[Trained]:
 
     path = Path(source)
     if is_adapter(path):
+        check_tuned(path)
         base = open_directory(like, tokenizer=False)
         adapter = read_adapter(path, base)
         adapter.check_numbers()

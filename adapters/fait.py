@@ -48,7 +48,7 @@ def compare(right: str, wrong: str, spans: Sequence[tuple[int, int]], ids: Seque
     lines = _line_spans(right)
     differing = _differing(right.splitlines(keepends=True), wrong.splitlines(keepends=True))
     marked_lines = [lines[index] for index in differing if index < len(lines)]
-    chars = set(_differing(right, wrong))
+    chars = set(_differing_chars(right, wrong))
     tokens = set(_differing(ids, others))
     return {
         "line": [any(start < end_ and begin < end for begin, end_ in marked_lines) for start, end in spans],
@@ -64,6 +64,17 @@ def _differing(one: Sequence[Any], other: Sequence[Any]) -> Iterable[int]:
             yield from range(start, end)
         elif kind == "insert" and len(one):
             yield min(start, len(one) - 1)
+
+
+def _differing_chars(right: str, wrong: str) -> Iterable[int]:
+    """Within the lines that differ: over whole answers it would take time that grows with their square."""
+    ours, others = right.splitlines(keepends=True), wrong.splitlines(keepends=True)
+    for kind, start, end, begin, stop in difflib.SequenceMatcher(None, ours, others, autojunk=False).get_opcodes():
+        first, block = sum(map(len, ours[:start])), "".join(ours[start:end])
+        if kind == "insert" and right:
+            yield min(first, len(right) - 1)
+        elif kind != "equal":
+            yield from (first + place for place in _differing(block, "".join(others[begin:stop])))
 
 
 def _line_spans(text: str) -> list[tuple[int, int]]:

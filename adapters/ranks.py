@@ -98,7 +98,7 @@ def compress(adapter: Adapter, rank: int, base: Mapping[str, str], out: Path, *,
         targets = adapter.config.get("target_modules")
         write_lora(folder, nearest.pairs, base=base["path"], targets=targets if isinstance(targets, list) else ())
         lost = {"of": str(adapter.path.absolute()), "rank": rank, "error": nearest.error}
-        write_record(folder, {"base": dict(base), "method": {"kind": "lora"}, "compressed": lost})
+        write_record(folder, {"base": dict(base), "compressed": lost})
     return nearest
 
 

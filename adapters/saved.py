@@ -96,6 +96,18 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / RECORD).write_text(json.dumps({"schema": SCHEMA, **record, "files": files}, indent=2) + "\n")
 
 
+def check_tuned(folder: Path) -> None:
+    """Raises AdapterDamageError if a file of what refound wrote is not what was written; else knows nothing."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        files = record["files"]
+        ours = all(isinstance(value, str) for value in files.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    if ours:
+        check_files(folder, record)
+
+
 def check_files(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises AdapterDamageError if a file is not, byte for byte, what was written."""
     for name, wanted in dict(record.get("files", {})).items():

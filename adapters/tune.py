@@ -279,7 +279,7 @@ class _Run:
             pairs, told = nearest.pairs, str(nearest)
         (folder / "lora").mkdir()
         write_lora(folder / "lora", pairs, base=base["path"])
-        write_record(folder / "lora", {"base": base, "method": {"kind": "lora"}, "nearest": told})
+        write_record(folder / "lora", {"base": base, "nearest": told})
         return (f"lora/: {told}",)
 
     def _write_sliced(self, folder: Path, attached: PrunedAttached) -> tuple[str, ...]:
@@ -290,7 +290,7 @@ class _Run:
         base = {"path": str(out / "base"), "sha256": open_base(folder / "base").fingerprint()}
         (folder / "lora").mkdir()
         write_lora(folder / "lora", attached.sliced_pairs(), base=base["path"])
-        write_record(folder / "lora", {"base": base, "method": {"kind": "lora"}})
+        write_record(folder / "lora", {"base": base})
         return (f"serve {out / 'lora'} on {out / 'base'}, or export this directory as one model",)
 
     def _write(self, out: Path, tuned: Tuned, *, overwrite: bool) -> Tuned:

@@ -294,20 +294,27 @@ def flip(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "like", "told"),
+    ("kind", "change", "like", "told"),
     [
-        (None, "other", "was trained on other weights than those in"),
-        (flip, "base", "its bytes are not what refound.json says"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "base", "is missing or damaged"),
+        ("parallel", None, "other", "was trained on other weights than those in"),
+        ("parallel", flip, "base", "its bytes are not what refound.json says"),
+        ("lora", None, "other", "was made for other weights than those in"),
+        ("lora", flip, "base", "its bytes are not what refound.json says"),
+        ("parallel", lambda folder: (folder / "adapter_model.safetensors").unlink(), "base", "is missing or damaged"),
     ],
 )
 def test_a_wrong_base_and_a_damaged_adapter_end_with_3(
-    recipe: Path, base: Path, tmp_path: Path, change: Callable[[Path], None] | None, like: str, told: str
+    recipe: Path,
+    base: Path,
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[Path], None] | None,
+    like: str,
+    told: str,
 ) -> None:
     out = tmp_path / "out"
-    assert (
-        refound("tune", recipe, "--set", "method={kind='parallel', width=8}", "--set", "train.steps=1").exit_code == 0
-    )
+    method = f"method={{kind='{kind}', {'rank=2' if kind == 'lora' else 'width=8'}}}"
+    assert refound("tune", recipe, "--set", method, "--set", "train.steps=1").exit_code == 0
     other = write_model(tmp_path / "other", decoder(layers=2, tied=True), seed=9)
     if change:
         change(out)
