@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.saved import base_named, becomes_model, check_tuned, served_model
+from .adapters.saved import base_named, becomes_model, check_tuned, is_rounded, served_model
 from .ckpt.client import sockets_of
 from .ckpt.errors import ConfigError
 from .ckpt.source import open_source
@@ -120,7 +120,14 @@ def beside_base(source: str, like: Path | None, *, merge: bool) -> "tuple[Adapte
     if merge:
         return None
     check_tuned(Path(source))
-    base = open_directory(configuration_of(source, like), tokenizer=False)
+    named = configuration_of(source, like)
+    if is_rounded(named):
+        raise ExportUsageError(
+            f"the base {named} has rounded weights, so there is nothing to prove the adapter against. Engines that "
+            f"load this base take it as it is: vllm serve {named} --enable-lora --lora-modules name={source}; or put "
+            f"it into these weights: refound adapter merge {source} --into {named} --out DIR"
+        )
+    base = open_directory(named, tokenizer=False)
     return read_adapter(Path(source), base), base
 
 

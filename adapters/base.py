@@ -14,11 +14,13 @@ import torch
 from ..distill.save import RECORD, save_model
 from ..export.architecture import Decoder
 from ..export.atomic import fresh_directory
+from ..export.compressed import PACKED, Rounding
 from ..export.configs import uniform_obstacles
-from ..export.directory import COMPANIONS, ModelDirectory, open_directory, read_header
+from ..export.directory import COMPANIONS, ModelDirectory, open_directory, read_decoder, read_header
 from ..export.errors import UnknownArchitectureError
-from .errors import AdapterDamageError, BaseMismatchError, UnknownBlocksError
+from .errors import AdapterDamageError, BaseMismatchError, NotServableError, UnknownBlocksError
 from .method import Recast
+from .saved import is_rounded
 from .sites import BLOCKS
 
 SMOLLM2 = "smollm2-135m"
@@ -34,6 +36,8 @@ class Base:
     source: ModelDirectory | None
     """Checked whole. None: a family that transformers knows and `export` does not, so no engine is promised."""
     files: tuple[Path, ...]
+    rounding: Rounding | None = None
+    """How its matrices are rounded, if they are. Then `source` holds what is packed, under other names."""
 
     def fingerprint(self) -> str:
         """SHA-256 over configuration, weights and companions, as `ModelDirectory.fingerprint`."""
@@ -49,9 +53,10 @@ class Base:
 
 
 def open_base(name: str | Path) -> Base:
-    """The base called `name`: a directory, or "smollm2-135m".
+    """The base called `name`: a directory (also one of `refound export --quantize int8|int4`) or "smollm2-135m".
 
     Raises:
+        TuneUsageError: quantized by another method.
         ExportError: see `export.directory.open_directory`.
         UnknownBlocksError: a family without a row in `sites`.
         PackageMissingError: "smollm2-135m" without its package.
@@ -61,6 +66,8 @@ def open_base(name: str | Path) -> Base:
 
         name = smollm2_directory()
     path = Path(name).absolute()
+    if is_rounded(path):
+        return _rounded(path)
     try:
         source = open_directory(path, tokenizer=False)
     except UnknownArchitectureError as error:
@@ -69,6 +76,29 @@ def open_base(name: str | Path) -> Base:
     if kind not in BLOCKS:
         raise UnknownBlocksError(f"{path} is made of {kind} blocks; adapters are known for {', '.join(BLOCKS)}")
     return Base(path=path, model_type=kind, source=source, files=source.files)
+
+
+def _rounded(path: Path) -> Base:
+    from .quantized import rounding_in
+
+    decoder, rounding = read_decoder(path), rounding_in(path)
+    files = tuple(sorted(path.glob("*.safetensors")))
+    tensors = {name: stored for file in files for name, stored in read_header(file).items()}
+    if missing := [name for name in decoder.tensors() if name not in tensors and f"{name}_packed" not in tensors]:
+        raise AdapterDamageError(f"{path} lacks {', '.join(missing[:4])}: export it again")
+    source = ModelDirectory(path=path, decoder=decoder, tensors=tensors, notes=())
+    kind = "nemotron-nas" if uniform_obstacles(decoder) else decoder.family
+    return Base(path=path, model_type=kind, source=source, files=files, rounding=rounding)
+
+
+def _unpacked(source: ModelDirectory, rounding: Rounding) -> dict[str, torch.Tensor]:
+    """All weights by the decoder's names, in float32."""
+    stored = dict(source.weights(list(source.tensors)))
+    found = {}
+    for name in source.decoder.tensors():
+        parts = {key: stored[f"{name.removesuffix('weight')}{key}"] for key in PACKED if f"{name}_packed" in stored}
+        found[name] = rounding.unpack(parts) if parts else stored[name].float()
+    return found
 
 
 def _unexported(path: Path, error: UnknownArchitectureError) -> Base:
@@ -89,6 +119,8 @@ def load_model(base: Base, *, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
     Raises:
         AdapterDamageError: weights are missing from its files.
     """
+    if base.source is not None and base.rounding is not None:
+        return _load_rounded(base.source, base.rounding, dtype)
     if base.source is not None and uniform_obstacles(base.source.decoder):
         from ..distill.models import load
 
@@ -103,6 +135,25 @@ def load_model(base: Base, *, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
     model, told = found
     if missing := sorted(told["missing_keys"]):
         raise AdapterDamageError(f"{base.path} lacks {', '.join(missing[:4])}: copy it again")
+    return model.eval().requires_grad_(False)
+
+
+def _load_rounded(source: ModelDirectory, rounding: Rounding, dtype: torch.dtype) -> torch.nn.Module:
+    """The rounded numbers, unpacked: training sees what will be served, and takes the room of the plain model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    weights = {name: tensor.to(dtype) for name, tensor in _unpacked(source, rounding).items()}
+    if uniform_obstacles(source.decoder):
+        from ..distill.models import build
+
+        model: Any = build(source.decoder, weights, dtype=dtype)
+    else:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.load_state_dict(weights, strict=False)  # but a tied output, all are there: `_rounded` looked
+        model.tie_weights()
+    model.name_or_path = str(source.path)
     return model.eval().requires_grad_(False)
 
 
@@ -123,7 +174,13 @@ def write_recast(base: Base, recast: Recast, to: Path, *, record: Mapping[str, A
 
     Raises:
         OutputExistsError, OutputSpaceError: see `export.atomic`.
+        NotServableError: the base's weights are rounded.
     """
+    if base.rounding is not None:
+        raise NotServableError(
+            f"{base.path} has weights of INT{base.rounding.bits}, which take in a LoRA only: `refound adapter merge`. "
+            'Nearest that is served: kind = "lora", beside this base or merged into it'
+        )
     if base.source is not None:
         source = base.source
         weights = _with(recast, dict(source.weights(list(source.decoder.tensors()))))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..export.atomic import fresh_directory
-from ..export.compressed import Rounding
+from ..export.compressed import PACKED, Rounding
 from ..export.directory import COMPANIONS
 from .errors import AdapterDamageError, TuneUsageError
 from .ranks import Pairs
@@ -92,7 +92,7 @@ def merge_quantized(directory: Path, pairs: Pairs, out: Path, *, overwrite: bool
         raise TuneUsageError(f"{directory} has no rounded {', '.join(missing[:4])}, which the adapter changes")
     moved, size = dict[str, float](), dict[str, float]()
     for name, (a, b) in pairs.items():
-        parts = {key: tensors[f"{name}.{key}"] for key in ("weight_packed", "weight_scale", "weight_shape")}
+        parts = {key: tensors[f"{name}.{key}"] for key in PACKED}
         change = b.float() @ a.float()
         before = rounding.unpack(parts)
         if before.shape != change.shape:

@@ -37,6 +37,14 @@ def becomes_model(path: Path) -> bool:
     return kind is not None and kind not in ("lora", "rslora")
 
 
+def is_rounded(base: Path) -> bool:
+    """Whether the model directory `base` has quantized weights."""
+    try:
+        return "quantization_config" in json.loads((base / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # what is wrong is told by who reads it next
+
+
 def base_named(path: Path) -> Path:
     """Where its base was. Raises AdapterDamageError if it does not say."""
     return Path(str(_record(path)["base"]["path"]))

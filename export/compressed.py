@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BITS = {"int8": 8, "int4": 4}
 """Formats of weights, and their bits."""
+PACKED = ("weight_packed", "weight_scale", "weight_shape")
+"""What takes the place of a `weight`."""
 _GROUPS = (128, 64, 32)
 """Numbers of a row that share a scale: the largest of these that divides all rows."""
 

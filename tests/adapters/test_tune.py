@@ -222,6 +222,16 @@ def test_a_merge_into_int8_tells_what_rounding_takes(recipe: Path, base: Path, t
     wanted = logits(open_tuned(tmp_path / "out", open_base(base)).model)
     off = {name: float((logits(model) - wanted).norm()) for name, model in read.items()}
     assert off["after"] < 0.5 * off["before"]
+    # trained on the rounded weights themselves
+    plain = load_model(open_base(rounded))
+    assert torch.allclose(logits(plain), logits(read["before"]), atol=1e-5)
+    settings = [f"base={rounded}", f"out={tmp_path / 'on-int8'}", "train.lr=0.05"]
+    done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)], "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["after"] < json.loads(done.stdout)["before"], done.output
+    beside = refound("adapter", "merge", tmp_path / "on-int8", "--into", rounded, "--out", tmp_path / "z")
+    assert beside.exit_code == 0 and "matrices of INT8" in beside.output, beside.output
+    exported = refound("export", tmp_path / "on-int8", "--to", "vllm")
+    assert exported.exit_code == 2 and "vllm serve" in exported.output and "refound adapter merge" in exported.output
     refused = refound("adapter", "merge", tmp_path / "out", "--into", base, "--out", tmp_path / "y")
     assert refused.exit_code == 2 and "is not rounded as" in refused.output
 
