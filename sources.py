@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapters.saved import base_named, becomes_model, check_tuned, is_rounded, served_model
 from .ckpt.client import sockets_of
 from .ckpt.errors import ConfigError
 from .ckpt.source import open_source
@@ -48,7 +49,7 @@ def is_training(source: str) -> bool:
     path = Path(source)
     if not path.exists():
         return "/" not in source and bool(sockets_of(source))
-    if is_adapter(path):
+    if is_adapter(path) or becomes_model(path):
         return True
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return False
@@ -66,6 +67,8 @@ def configuration_of(source: str, like: Path | None) -> Path:
     if not is_training(source):
         return Path(source)
     path = Path(source)
+    if like is None and becomes_model(path):
+        return base_named(path)
     if like is None and is_adapter(path) and (named := base_of(path)).is_dir():
         return named
     return require_like(like, path if path.exists() else source)
@@ -86,6 +89,12 @@ def model_directory(source: str, like: Path | None, out: Path) -> Iterator[Found
         return
     like = configuration_of(source, like)
     with ExitStack() as stack:
+        if becomes_model(Path(source)):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)))
+            model, told = stack.enter_context(served_model(Path(source), like, folder))
+            yield Found(model=model, told=told)
+            return
         trained = stack.enter_context(open_trained(source, like))
         needed_bytes = sum(stored.bytes for stored in planned_directory(trained, like).tensors.values())
         require_space(out.parent, needed_bytes)
@@ -102,13 +111,23 @@ def beside_base(source: str, like: Path | None, *, merge: bool) -> "tuple[Adapte
         ExportUsageError: `merge` is asked for and `source` is no adapter.
         ExportError: see `export.adapter.read_adapter`.
     """
+    if becomes_model(Path(source)):
+        return None
     if not is_adapter(Path(source)):
         if merge:
             raise ExportUsageError(f"--merge is for adapters, and {source} is none: it has no adapter_config.json")
         return None
     if merge:
         return None
-    base = open_directory(configuration_of(source, like), tokenizer=False)
+    check_tuned(Path(source))
+    named = configuration_of(source, like)
+    if is_rounded(named):
+        raise ExportUsageError(
+            f"the base {named} has rounded weights, so there is nothing to prove the adapter against. Engines that "
+            f"load this base take it as it is: vllm serve {named} --enable-lora --lora-modules name={source}; or put "
+            f"it into these weights: refound adapter merge {source} --into {named} --out DIR"
+        )
+    base = open_directory(named, tokenizer=False)
     return read_adapter(Path(source), base), base
 
 
@@ -123,6 +142,10 @@ def planned(source: str, like: Path | None) -> "Iterator[ModelDirectory | None]"
         yield None
         return
     like = configuration_of(source, like)
+    if becomes_model(Path(source)):
+        with tempfile.TemporaryDirectory() as folder, served_model(Path(source), like, Path(folder)) as (model, _):
+            yield open_directory(model, tokenizer=False)
+        return
     with open_trained(source, like) as trained:
         yield planned_directory(trained, like)
 
@@ -140,6 +163,7 @@ def open_trained(source: str, like: Path) -> Iterator[Trained]:
 
     path = Path(source)
     if is_adapter(path):
+        check_tuned(path)
         base = open_directory(like, tokenizer=False)
         adapter = read_adapter(path, base)
         adapter.check_numbers()

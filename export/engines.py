@@ -71,6 +71,8 @@ class Engine:
     """By the keys of `EXTRAS`."""
     weights: tuple[str, ...]
     """Formats of weights that the exporter writes for it."""
+    lora_ranks: tuple[int, ...] = ()
+    """What can be said of the largest rank of adapters, rising; the last is the limit. Empty: anything."""
     serve: str
     """A command that serves the export; `{path}` stands for it."""
 
@@ -126,6 +128,7 @@ ENGINES: dict[str, Engine] = {
         ),
         extras={"lora": _TESTED, "medusa": _TESTED},
         weights=("source", "f32", "bf16", "f16", "int8", "int4"),
+        lora_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # vllm/config/lora.py, MaxLoRARanks
         serve="vllm serve {path} --host 127.0.0.1 --trust-remote-code",
     ),
     "llama.cpp": Engine(

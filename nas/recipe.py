@@ -2,17 +2,14 @@
 """The recipe of a search: frozen dataclasses out of TOML, every mistake told at once. Imports nothing heavy."""
 
 import dataclasses
-import difflib
 import json
-import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..distill.config import Training
+from ..distill.tables import flattened, read_raw, read_table
 from .errors import RecipeError
 
 
@@ -141,23 +138,14 @@ def read_recipe(path: Path, settings: Sequence[str] = (), *, toy: bool = False) 
     Raises:
         RecipeError: if the file cannot be read, or naming every key and value that cannot be.
     """
+    problems: list[str] = []
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raw = read_raw(path, settings, problems, flat="budget", toy=toy)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
-    small = raw.pop("toy", {})
-    if toy and not small:
-        raise RecipeError(f"{path} has no [toy] table, so --toy has nothing to change")
-    if toy:
-        raw = _merge(raw, small)
-    problems = []
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or not name.strip():
-            problems.append(f"--set {setting!r} is not of the form a.b=value")
-            continue
-        _put(raw, name.strip().split("."), _value(text), problems)
-    recipe = read_dataclass(Recipe, raw, "", problems)
+    except LookupError as error:
+        raise RecipeError(str(error.args[0])) from error
+    recipe = read_table(Recipe, raw, "", problems)
     if recipe is not None and not problems:
         problems += check(recipe)
     elif isinstance(raw.get("budget"), dict):
@@ -206,7 +194,7 @@ def _budget_beside(raw: Mapping[str, Any]) -> list[str]:
     costs = raw.get("costs")
     tables = costs.get("workloads") if isinstance(costs, dict) else None
     named = [table["name"] for table in tables or () if isinstance(table, dict) and isinstance(table.get("name"), str)]
-    return budget_problems(_flat(raw["budget"]), named or [workload.name for workload in Costs().workloads])
+    return budget_problems(flattened(raw["budget"]), named or [workload.name for workload in Costs().workloads])
 
 
 _LEAST = (
@@ -222,91 +210,3 @@ _LEAST = (
     ("solver", "rounds", 1),
     ("solver", "points", 0),
 )
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _value(text: str) -> Any:
-    """A setting as TOML would read it; what is none is a string."""
-    try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _put(raw: dict[str, Any], path: list[str], value: Any, problems: list[str]) -> None:
-    table = raw
-    if path[0] == "budget" and len(path) > 2:
-        path = ["budget", ".".join(path[1:])]  # budgets are named like latency.chat
-    for name in path[:-1]:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            problems.append(f"--set {'.'.join(path)}: {name} is no table")
-            return
-    table[path[-1]] = value
-
-
-def read_dataclass(kind: Any, raw: Any, where: str, problems: list[str]) -> Any:
-    """The dataclass `kind` out of a table. None if something is wrong, which `problems` then names."""
-    if not isinstance(raw, dict):
-        problems.append(f"{where or 'the recipe'} must be a table, not {raw!r}")
-        return None
-    known = {item.name: item for item in fields(kind)}
-    hints = typing.get_type_hints(kind)
-    before = len(problems)
-    for key in raw:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
-            problems.append(f"unknown key {_join(where, key)}{hint}")
-    values = {key: _convert(hints[key], raw[key], _join(where, key), problems) for key in raw if key in known}
-    missing = [
-        name
-        for name, item in known.items()
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in raw
-    ]
-    problems += [f"{_join(where, name)} is missing" for name in missing]
-    return kind(**values) if len(problems) == before else None
-
-
-def _convert(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return _convert(inner[0], value, where, problems)
-    if is_dataclass(hint):
-        return read_dataclass(hint, value, where, problems)
-    if origin is tuple:
-        if not isinstance(value, list):
-            value = [value]
-        return tuple(_convert(inner[0], item, f"{where}[{index}]", problems) for index, item in enumerate(value))
-    if origin is not None:  # Mapping[str, str]: the budget
-        if not isinstance(value, dict):
-            problems.append(f"{where} must be a table, not {value!r}")
-            return {}
-        return _flat(value)
-    accepted = {float: (int, float), int: int, bool: bool, str: str}[hint]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        problems.append(f"{where} is {value!r}; a {hint.__name__} is wanted")
-        return value
-    return hint(value)
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"latency": {"chat": "80%"}} and {"latency.chat": "80%"} are the same."""
-    found: dict[str, str] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = str(value)
-    return found
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key

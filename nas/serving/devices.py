@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..recipe import read_dataclass
+from ...distill.tables import read_table
 from .errors import CapacityError, PlanError
 
 
@@ -129,7 +129,7 @@ def read_devices(path: Path) -> Devices:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PlanError(f"the devices in {path} cannot be read: {error}") from error
     problems: list[str] = []
-    devices: Devices | None = read_dataclass(Devices, raw, "", problems)
+    devices: Devices | None = read_table(Devices, raw, "", problems)
     if devices is not None and not problems:
         problems += _impossible(devices)
     if problems or devices is None:

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`refound tune`: recipes, a run that is killed, what its result becomes, and what is wrong with each."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from refound.adapters.base import load_model, open_base
+from refound.adapters.ranks import lower_rank
+from refound.adapters.recipe import read_tune
+from refound.adapters.saved import open_tuned
+from refound.adapters.tune import tune
+from refound.cli import main
+from refound.distill.resume import STATE, state_folder
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ..export.models import decoder, heterogeneous, write_model
+
+RECIPE = """
+base = "{base}"
+out = "{out}"
+engines = ["transformers", "vllm", "llama.cpp"]
+
+[method]
+kind = "lora"
+rank = 4
+alpha = 8
+
+[data]
+sources = ["python-docs"]
+length = 16
+windows = 40
+held_out = 4
+
+[train]
+epochs = 1
+batch = 4
+lr = 1e-2
+save_every = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base") / "model", decoder(layers=2, tied=True))
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.format(base=base, out=tmp_path / "out"))
+    return file
+
+
+def refound(*arguments: Any) -> Any:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(24).reshape(2, 12)).logits
+
+
+def test_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(recipe: Path, tmp_path: Path) -> None:
+    whole = refound("tune", recipe, "--set", f"out={tmp_path / 'whole'}", "--json")
+    assert whole.exit_code == 0, whole.output
+    told = json.loads(whole.stdout)
+    assert told["after"] < told["before"] and told["steps"] == 9
+
+    command = [sys.executable, "-m", "refound", "tune", str(recipe)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("step 5 "):  # a state of step 4 is on disk
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL
+    state = state_folder(tmp_path / "out") / STATE
+    with safe_open(state, framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith("model.")]  # noqa: SIM118
+    assert names and all("lora_" in name for name in names), "the base is in no snapshot"
+    again = refound("tune", recipe)
+    assert again.exit_code == 0, again.output
+    assert "going on from step 4 of 9" in again.output or "going on from step 5 of 9" in again.output
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not state.exists()
+    third = refound("tune", recipe)
+    assert third.exit_code == 0 and "is the result of this very run already" in third.output
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_a_pruning_that_is_cut_off_goes_on_with_the_same_masks(recipe: Path, tmp_path: Path) -> None:
+    settings = ["method.kind=pruned-lora", "method.ffn=0.5", "method.kv_heads=1", "train.save_every=1"]
+    whole, cut = (read_tune(recipe, [*settings, f"out={tmp_path / name}"]) for name in ("whole", "cut"))
+    tune(whole, lambda line: None)
+
+    def stop(line: str) -> None:
+        if line.startswith("step 5 "):  # some channels have gone, others have not
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        tune(cut, stop)
+    tune(cut, lambda line: None)
+    for file in ("adapter_model.safetensors", "base/model.safetensors", "lora/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
+    there = load_file(tmp_path / "cut" / "adapter_model.safetensors")["model.layers.0.mlp.there"]
+    assert int(there.sum()) == 64 and len(there) == 96  # a multiple of 32
+
+
+@pytest.mark.parametrize("kind", ["lora", "parallel"])
+def test_children_whose_layers_differ_are_tuned_too(kind: str, recipe: Path, tmp_path: Path) -> None:
+    child, out = write_model(tmp_path / "child", heterogeneous()), tmp_path / "out"
+    method = "method.rank=2" if kind == "lora" else "method={kind='parallel', width=8}"
+    done = refound("tune", recipe, "--set", f"base={child}", "--set", method, "--set", "train.steps=2")
+    assert done.exit_code == 0, done.output
+    wanted = logits(open_tuned(out, open_base(child)).model)
+    merge = ["--merge"] if kind == "lora" else []
+    exported = refound("export", out, *merge, "--to", "transformers", "--no-verify", "--out", tmp_path / "served")
+    assert exported.exit_code == 0, exported.output
+    served = load_model(open_base(tmp_path / "served" / "huggingface"))
+    assert (logits(served) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+METHODS = {
+    "dora": ["method.kind=dora"],
+    "vera": ["method={kind='vera', rank=8}"],
+    "parallel": ["method={kind='parallel', width=8}"],
+    "series": ["method={kind='series', width=8, activation='linear'}"],
+    "pruned-lora": ["method.kind=pruned-lora", "method.ffn=0.3", "method.kv_heads=1"],
+}
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_servers_do_not_take_beside_the_base_becomes_a_model(
+    kind: str, recipe: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = [part for setting in METHODS[kind] for part in ("--set", setting)]
+    done = refound("tune", recipe, *settings)
+    assert done.exit_code == 0, done.output
+    wanted = logits(open_tuned(out, open_base(base)).model)
+    assert not torch.allclose(wanted, logits(load_model(open_base(base))))
+    exported = refound("export", out, "--to", "transformers", "--no-verify", "--out", tmp_path / "served")
+    assert exported.exit_code == 0, exported.output
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "served" / "huggingface", dtype=torch.float32)
+    assert (logits(served) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    if kind in ("vera", "pruned-lora"):
+        like = out / "base" if kind == "pruned-lora" else base
+        beside = refound("export", out / "lora", "--like", like, "--merge", "--to", "transformers", "--no-verify")
+        assert beside.exit_code == 0, beside.output
+        merged = AutoModelForCausalLM.from_pretrained(out / "lora-export" / "huggingface", dtype=torch.float32)
+        assert (logits(merged) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    if kind == "dora":
+        assert "of the change is lost in the Frobenius norm" in done.output
+
+
+def test_a_lora_is_exported_beside_its_base_and_compressed(recipe: Path, base: Path, tmp_path: Path) -> None:
+    assert refound("tune", recipe).exit_code == 0
+    out = tmp_path / "out"
+    wanted = logits(open_tuned(out, open_base(base)).model)
+    done = refound("export", out, "--merge", "--to", "transformers", "--no-verify", "--out", tmp_path / "merged")
+    assert done.exit_code == 0, done.output
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "huggingface", dtype=torch.float32)
+    assert (logits(merged) - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    vllm = refound("export", out, "--to", "vllm", "--no-verify", "--out", tmp_path / "vllm")
+    assert "--max-lora-rank 8 " in vllm.output, "vLLM knows no limit of 4"
+    small = refound("adapter", "compress", out, "--rank", 2, "--out", tmp_path / "small", "--json")
+    assert small.exit_code == 0, small.output
+    assert 0 < json.loads(small.stdout)["error"] < 1
+    ranks = {
+        tensor.shape[0]
+        for name, tensor in load_file(tmp_path / "small" / "adapter_model.safetensors").items()
+        if "lora_A" in name
+    }
+    assert ranks == {2}
+    again = refound("export", tmp_path / "small", "--to", "transformers", "--no-verify", "--out", tmp_path / "x")
+    assert again.exit_code == 0, again.output
+
+
+def test_the_nearest_of_a_smaller_rank_is_the_best_there_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 20, generator=generator), torch.randn(30, 6, generator=generator)
+    found = lower_rank({"x": (a, b)}, 3)
+    singular = torch.linalg.svdvals(b @ a)
+    low_a, low_b = found.pairs["x"]
+    assert low_a.shape == (3, 20) and low_b.shape == (30, 3)
+    lost = torch.linalg.matrix_norm(b @ a - low_b @ low_a) / torch.linalg.matrix_norm(b @ a)
+    assert torch.isclose(lost, torch.tensor(found.error), rtol=1e-4)
+    assert abs(found.error - float((singular[3:].square().sum() / singular.square().sum()).sqrt())) < 1e-5
+    assert lower_rank({"x": (a, b)}, 6).error < 1e-6
+
+
+def test_a_merge_into_int8_tells_what_rounding_takes(recipe: Path, base: Path, tmp_path: Path) -> None:
+    assert refound("tune", recipe, "--set", "train.lr=0.05").exit_code == 0
+    done = refound("export", base, "--to", "transformers", "--quantize", "int8", "--no-verify", "--out", tmp_path / "q")
+    assert done.exit_code == 0, done.output
+    rounded, out = tmp_path / "q" / "huggingface", tmp_path / "merged"
+    found = refound("adapter", "merge", tmp_path / "out", "--into", rounded, "--out", out, "--json")
+    assert found.exit_code == 0, found.output
+    error = json.loads(found.stdout)["error"]
+    assert 0 < error < 0.5
+    read = {
+        name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for name, path in (("before", rounded), ("after", out))
+    }
+    wanted = logits(open_tuned(tmp_path / "out", open_base(base)).model)
+    off = {name: float((logits(model) - wanted).norm()) for name, model in read.items()}
+    assert off["after"] < 0.5 * off["before"]
+    # trained on the rounded weights themselves
+    plain = load_model(open_base(rounded))
+    assert torch.allclose(logits(plain), logits(read["before"]), atol=1e-5)
+    settings = [f"base={rounded}", f"out={tmp_path / 'on-int8'}", "train.lr=0.05"]
+    done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)], "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["after"] < json.loads(done.stdout)["before"], done.output
+    beside = refound("adapter", "merge", tmp_path / "on-int8", "--into", rounded, "--out", tmp_path / "z")
+    assert beside.exit_code == 0 and "matrices of INT8" in beside.output, beside.output
+    exported = refound("export", tmp_path / "on-int8", "--to", "vllm")
+    assert exported.exit_code == 2 and "vllm serve" in exported.output and "refound adapter merge" in exported.output
+    refused = refound("adapter", "merge", tmp_path / "out", "--into", base, "--out", tmp_path / "y")
+    assert refused.exit_code == 2 and "is not rounded as" in refused.output
+
+
+# --- what cannot be ------------------------------------------------------------------------------------------------
+
+
+def test_the_recipes_that_come_along_can_be_read(root: Path) -> None:
+    for file in sorted((root / "recipes").glob("*.toml")):
+        if "[method]" in file.read_text():
+            read_tune(file)
+            read_tune(file, toy=True)
+
+
+def test_every_mistake_is_told_at_once(recipe: Path) -> None:
+    settings = ["method.rnk=3", "train.batch=0", "data.sources=['a.jsonl', 'bible']", "engines=['vlm']", "bse=1"]
+    done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)])
+    assert done.exit_code == 2
+    assert "unknown key method.rnk" in done.output and "unknown key bse; did you mean 'base'" in done.output
+    settings = ["method.rank=1024", "train.batch=0", "data.sources=['a.jsonl', 'bible']", "method.dropout=2"]
+    done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)])
+    for told in (
+        "method.rank is 1024 and vLLM serves LoRA up to rank 512",
+        "train.batch is 0",
+        "mixes .jsonl files with text",
+        "method.dropout is 2",
+    ):
+        assert told in done.output
+    done = refound("tune", recipe, "--set", "method.kind=lorra")
+    assert done.exit_code == 2 and "did you mean 'lora'" in done.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "told"),
+    [
+        (
+            ["method.targets=['q_prj', 'mlp']"],
+            2,
+            "'q_prj' (did you mean 'q_proj'?). This model has down_proj, gate_proj",
+        ),
+        (["data.sources=['bibel']"], 1, "did you mean 'bible'"),
+        (["data.sources=['lines.jsonl']"], 2, "line 2 has an empty completion"),
+        (["base=nowhere"], 1, "nowhere is not there"),
+    ],
+)
+def test_what_is_wrong_is_told_by_a_dry_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], code: int, told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
+    done = refound("tune", recipe, "--dry-run", *[part for setting in settings for part in ("--set", setting)])
+    assert done.exit_code == code and told in done.output, done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_would_be_trained(recipe: Path, tmp_path: Path) -> None:
+    done = refound("tune", recipe, "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["steps"] == 9 and told["samples"] == 36 and told["held_out"] == 4
+    assert told["state_bytes"] == 12 * told["trained"]
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+def flip(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    body = bytearray(file.read_bytes())
+    body[-3] ^= 1
+    file.write_bytes(body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "like", "told"),
+    [
+        ("parallel", None, "other", "was trained on other weights than those in"),
+        ("parallel", flip, "base", "its bytes are not what refound.json says"),
+        ("lora", None, "other", "was made for other weights than those in"),
+        ("lora", flip, "base", "its bytes are not what refound.json says"),
+        ("parallel", lambda folder: (folder / "adapter_model.safetensors").unlink(), "base", "is missing or damaged"),
+    ],
+)
+def test_a_wrong_base_and_a_damaged_adapter_end_with_3(
+    recipe: Path,
+    base: Path,
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[Path], None] | None,
+    like: str,
+    told: str,
+) -> None:
+    out = tmp_path / "out"
+    method = f"method={{kind='{kind}', {'rank=2' if kind == 'lora' else 'width=8'}}}"
+    assert refound("tune", recipe, "--set", method, "--set", "train.steps=1").exit_code == 0
+    other = write_model(tmp_path / "other", decoder(layers=2, tied=True), seed=9)
+    if change:
+        change(out)
+    place = other if like == "other" else base
+    done = refound("export", out, "--like", place, "--to", "transformers", "--no-verify", "--out", tmp_path / "served")
+    assert done.exit_code == 3 and told in done.output, done.output
+    assert not (tmp_path / "served").exists()
+
+
+def test_a_prefix_is_refused_with_the_nearest_that_is_served(recipe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "square"
+    write_model(other, decoder(layers=2, head_dim=16))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    done = refound("tune", recipe, "--set", "method={kind='prefix', tokens=3}", "--set", f"base={other}")
+    assert done.exit_code == 0 and "served: not: a trained prefix is keys and values" in done.output, done.output
+    served = refound("export", tmp_path / "out", "--to", "transformers", "--no-verify")
+    assert served.exit_code == 3 and 'Nearest that is served: kind = "lora"' in served.output
