@@ -23,6 +23,7 @@ FLOORS: dict[str, set[str]] = {
     "ckpt": {"erasure"},
     "distill": {"ckpt", "export"},
     "demo": {"erasure", "ckpt", "distill", "protect"},  # the root's `protect` is that of ckpt
+    "adapters": {"ckpt", "distill", "export"},
     "nas": {"distill", "export", "text"},  # `text`: numbers as people read them
     "chaos": {"ckpt"},
 }
@@ -114,7 +115,7 @@ def test_wheel_works_away_from_the_repository(installed: Path, tmp_path: Path) -
     assert Path(done.stdout.strip()) == installed / "refound" / "__init__.py"
 
 
-@pytest.mark.parametrize("room", ["ckpt", "distill", "erasure", "export", "demo", "nas", "chaos", "cli"])
+@pytest.mark.parametrize("room", ["adapters", "ckpt", "distill", "erasure", "export", "demo", "nas", "chaos", "cli"])
 def test_rooms_have_no_bare_name(installed: Path, tmp_path: Path, room: str) -> None:
     done = run_installed(installed, f"import {room}", tmp_path)
     assert f"No module named '{room}'" in done.stderr
