@@ -11,6 +11,7 @@ from refound.adapters.heads.cached import CachedModel
 from refound.adapters.heads.decode import Proposal, decode_plain, pick
 from refound.adapters.heads.decode_tree import Tree
 from refound.distill.models import load, open_blocks
+from safetensors.torch import load_file, save_file
 
 from ...export.models import VOCAB, decoder, heterogeneous, write_model
 
@@ -25,6 +26,19 @@ def folder(kind: str = "llama", seed: int = 0) -> Path:
 @cache
 def model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float64) -> CachedModel:
     return CachedModel(load(open_blocks(folder(kind, seed)), dtype=dtype))
+
+
+def foreseeable(path: Path, layers: int) -> Path:
+    """A directory of a model that hears little of what came before the last token: its text turns in circles, which
+    heads can learn in a few steps."""
+    write_model(path, decoder(layers=layers))
+    file = path / "model.safetensors"
+    quiet = {
+        name: tensor * (0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+        for name, tensor in load_file(file).items()
+    }
+    save_file(quiet, file, metadata={"format": "pt"})
+    return path
 
 
 def surely(of: CachedModel, prompt: Sequence[int], new_tokens: int) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ DRAFTERS: dict[str, Callable[[CachedModel], Drafter]] = {
 @pytest.mark.parametrize("kind", ["llama", "mixed"])
 @pytest.mark.parametrize("name", DRAFTERS)
 @given(prompt=PROMPTS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_greedy_tokens_are_those_of_the_model_alone(name: str, kind: str, prompt: list[int]) -> None:
     of = model(kind)
     found = decode(of, prompt, DRAFTERS[name](of), new_tokens=NEW)
@@ -71,7 +71,7 @@ def test_greedy_tokens_are_those_of_the_model_alone(name: str, kind: str, prompt
 
 
 @given(prompt=PROMPTS, seed=st.integers(0, 2**32), kind=st.sampled_from(["llama", "mixed"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_whatever_is_guessed(prompt: list[int], seed: int, kind: str) -> None:
     of = model(kind)
     truth = surely(of, prompt, NEW)
