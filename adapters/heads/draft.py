@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...distill.chunked import HeadLoss, head_loss
-from ...distill.models import DeciLMForCausalLM, build, positions_of, states_of, weights_of
+from ...distill.models import DeciLMForCausalLM, build, load, open_blocks, positions_of, states_of, weights_of
 from ...distill.save import save_model
 from ...export.architecture import FFN, Decoder
 from ...export.directory import ModelDirectory
@@ -118,10 +118,16 @@ def final_states(model: DeciLMForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def run_draft(job: Job) -> Outcome:
     """Raises what `train.train` and `distill.save.save_model` do."""
     settings = cast(DraftSettings, job.config.settings)
-    decoder, chosen = small_decoder(job.source.decoder, settings)
+    companions, chosen = job.start or job.source, ()
+    if job.start:
+        require_same_tokenizer(job.start.path, job.source.path)
+        decoder = job.start.decoder
+    else:
+        decoder, chosen = small_decoder(job.source.decoder, settings)
     model = job.model()
     windows, held_out = job.windows(model, "train"), job.windows(model, "test")
-    draft = build(decoder, small_weights(job.source, decoder, chosen), dtype=torch.float32)
+    weights = small_weights(job.source, decoder, chosen) if job.start is None else None
+    draft = load(companions) if weights is None else build(decoder, weights, dtype=torch.float32)
     losses, keeper = train(
         DraftPart(draft),
         DraftLoss(draft=draft, model=model, settings=settings),
@@ -141,7 +147,7 @@ def run_draft(job: Job) -> Outcome:
             job.config.out,
             decoder,
             weights_of(draft, decoder),
-            companions_of=job.source,
+            companions_of=companions,
             record=record,
             overwrite=job.config.overwrite,
         )
@@ -221,7 +227,12 @@ def require_same_tokenizer(draft: Path, model: Path) -> None:
 
 
 def planned_parameters(config: HeadsConfig, source: ModelDirectory) -> int:
-    decoder, _ = small_decoder(source.decoder, cast(DraftSettings, config.settings))
+    settings = cast(DraftSettings, config.settings)
+    if settings.start:
+        require_same_tokenizer(Path(settings.start), source.path)
+        decoder = open_blocks(Path(settings.start)).decoder
+    else:
+        decoder, _ = small_decoder(source.decoder, settings)
     return sum(
         spec.size for name, spec in decoder.tensors().items() if ".layers." in name or name.endswith(".norm.weight")
     )

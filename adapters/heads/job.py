@@ -62,7 +62,11 @@ class Job:
         self.config, self.progress = config, progress
         self.source: ModelDirectory = open_blocks(config.model)
         self.fingerprint = self.source.fingerprint()
-        self.run = digest([config.kind, digest(config.settings), config.sources, config.seed, self.fingerprint])
+        start = getattr(config.settings, "start", "")
+        self.start = open_blocks(Path(start)) if start else None
+        """A model that the draft begins as."""
+        begun = self.start.fingerprint() if self.start else ""
+        self.run = digest([config.kind, digest(config.settings), config.sources, config.seed, self.fingerprint, begun])
         self.folder = state_folder(config.out)
         self.first = not dist.is_initialized() or dist.get_rank() == 0
         self.done = self._finished()

@@ -105,6 +105,9 @@ class MedusaSettings(Training):
 class DraftSettings(Training):
     """A smaller model of the same tokens."""
 
+    start: str = ""
+    """A model directory that the draft begins as; left out: `layers` of the model's own. Its tokenizer must be the
+    model's, token by token. With `tokens=0` it is only measured."""
     layers: int = 4
     """Of the model's own that are kept, spread from the first to the last."""
     width: int = 100

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from refound.adapters.heads.draft import require_same_tokenizer, small_decoder, small_weights
 from refound.adapters.heads.errors import HeadsMismatchError, HeadsUsageError
 from refound.adapters.heads.run import plan_heads, run_heads
 from refound.adapters.heads.runs import expected_of_chain, run_lengths
 from refound.adapters.heads.settings import DraftSettings, HeadsConfig
+from refound.cli import main
 from refound.distill.models import open_blocks
 from transformers import AutoModelForCausalLM
 
@@ -66,6 +68,20 @@ def test_what_cannot_be_a_draft(base: Path, tmp_path: Path) -> None:
         HeadsMismatchError, match=r"differ in 2 tokens: '</s>' is none in the first and 1 in the second"
     ):
         require_same_tokenizer(other, base)
+
+
+def test_a_draft_that_is_given_is_measured_and_one_that_speaks_otherwise_is_not(base: Path, tmp_path: Path) -> None:
+    given = write_model(tmp_path / "given", decoder(layers=1, hidden_size=96, width=48), seed=3)
+    settings = replace(SETTINGS, start=str(given), tokens=0)
+    found = run_heads(config(base, tmp_path / "out", settings), lambda _: None)
+    assert found and found.record["heads"]["measured"]["draft"]["equal"]
+    assert open_blocks(tmp_path / "out").decoder.hidden_size == 96
+    told = (given / "tokenizer.json").read_text().replace('"</s>"', '"<end>"')
+    (given / "tokenizer.json").write_text(told)
+    command = ["heads", str(base), "--kind", "draft", "--set", f"start={given}", "--out", str(tmp_path / "other")]
+    for more in ([], ["--dry-run"]):
+        done = CliRunner().invoke(main, [*command, *more])
+        assert done.exit_code == 3 and "tokenizers of" in done.output and not (tmp_path / "other").exists()
 
 
 def test_runs_of_right_guesses() -> None:
