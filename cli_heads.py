@@ -16,6 +16,7 @@ import click
 )
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="tokens, length, batch, lr, own, …")
 @click.option("--seed", default=0, show_default=True, help="Of the order of the text.")
+@click.option("--texts", type=click.Path(file_okay=False, path_type=Path), help="Keep what MODEL says itself here.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--dry-run", is_flag=True, help="Print steps, parameters and bytes, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
@@ -26,6 +27,7 @@ def heads(
     sources: tuple[str, ...],
     settings: tuple[str, ...],
     seed: int,
+    texts: Path | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -58,6 +60,7 @@ def heads(
         settings=wanted,
         sources=sources or HeadsConfig.sources,
         seed=seed,
+        texts=texts,
         overwrite=overwrite,
     )
     require("transformers", "tokenizers", "safetensors")

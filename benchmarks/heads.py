@@ -84,7 +84,7 @@ def trained_kind(kind: Any, base: Path, options: argparse.Namespace, out: Path) 
         usual |= {"tokens": 512, "length": 32, "batch": 4, "prompt": 8, "held_out": 8}
         usual |= {"layers": 2} if kind == "draft" else {}
     settings = read_settings(kind, [*(f"{key}={value}" for key, value in usual.items()), *given])
-    config = HeadsConfig(model=base, kind=kind, out=out / kind, settings=settings, sources=SOURCES)
+    config = HeadsConfig(model=base, kind=kind, out=out / kind, settings=settings, sources=SOURCES, texts=out / "texts")
     began = time.perf_counter()
     found = run_heads(config, lambda line: say(f"{kind}: {line}"))
     assert found is not None
@@ -147,10 +147,9 @@ def prompts_of(source: Any, options: argparse.Namespace) -> dict[str, list[list[
         "test",
         tokenizer=open_tokenizer(source.path),
         eos=eos_of(source),
-        # what the trainings measured accuracies on comes first; these are others
-        count=3 * options.prompts,
+        count=2 * options.prompts,
         length=2 * length,
-    )[options.prompts :]
+    )
     continued, copied = windows[: options.prompts], windows[options.prompts :]
     return {
         "continuing": [row[:length].tolist() for row in continued],

@@ -88,7 +88,7 @@ class Job:
         """(count, length): for training, or held out."""
         settings = self.config.settings
         count = settings.steps * settings.batch if part == "train" else settings.held_out
-        return windows_of(self.config, self.source, model, part, count, self.folder, self.progress)
+        return windows_of(self.config, self.source, model, part, count, self.config.texts or self.folder, self.progress)
 
     def prompts(self, held_out: torch.Tensor) -> list[list[int]]:
         settings = self.config.settings

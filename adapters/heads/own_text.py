@@ -36,7 +36,7 @@ def windows_of(
 ) -> torch.Tensor:
     """`count` windows (count, length) of int64: of the sources, or of the model's own text after their beginnings.
 
-    folder: where chunks of own text are kept until the run is done.
+    folder: where chunks of own text are kept.
 
     Raises:
         TextError: there is too little text.
@@ -49,14 +49,14 @@ def windows_of(
     if not settings.own or not count:
         return prompts
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    chunks = prompts.split(_CHUNK)
-    files = [
-        folder / f"own-{digest([source.fingerprint(), settings.temperature, settings.length, config.seed, c.tolist()])}"
-        for c in chunks
+    chunks, fingerprint = prompts.split(_CHUNK), source.fingerprint()
+    names = [
+        digest([fingerprint, settings.temperature, settings.length, config.seed, chunk.tolist()]) for chunk in chunks
     ]
-    for number, (chunk, file) in enumerate(zip(chunks, files, strict=True)):
+    files = [folder / f"own-{name}.safetensors" for name in names]
+    for number, (chunk, name, file) in enumerate(zip(chunks, names, files, strict=True)):
         if number % world == rank and not _is_whole(file):
-            said = _continued(model, chunk, settings.length, settings.temperature, config.seed + number, eos)
+            said = _continued(model, chunk, settings.length, settings.temperature, int(name[:8], 16), eos)
             write_proven(file, {"windows": said}, {})
             progress(f"own text for {part}: {min((number + 1) * _CHUNK, count)} of {count} windows")
     if world > 1:

@@ -173,6 +173,8 @@ class HeadsConfig:
     sources: tuple[str, ...] = ("python-docs", "python-source")
     """Names of `distill.texts.SOURCES`, or paths of UTF-8 files."""
     seed: int = 0
+    texts: Path | None = None
+    """A directory where what the model says itself is kept, said once and read again by other trainings of it."""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
