@@ -56,7 +56,8 @@ def export(
     MODEL: a Hugging Face directory. CHECKPOINT: one of refound, of DCP (FSDP2) or of DeepSpeed ZeRO, or a directory of
     them. JOB: the newest snapshot in the memory of a job that trains on this machine. What comes from training is
     weights only; configuration and tokenizer are those of --like, or of a config.json that lies with the checkpoint.
-    ADAPTER: a PEFT directory with LoRA, to be served beside the base that --like names, or merged into it.
+    ADAPTER: a PEFT directory with LoRA, to be served beside the base that --like names, or merged into it; or heads of
+    refound heads.
 
     \b
     Examples:
@@ -71,11 +72,19 @@ def export(
     what the source does; nothing is kept then. Run again after a kill, it keeps the parts that are done.
     """
     from . import sources
+    from .adapters.heads.record import has_heads
     from .export import report
     from .export.engines import find_engines
     from .export.plan import ExportConfig
 
     names = find_engines(engines)
+    if has_heads(Path(source)) and not (check or dry_run):
+        from .adapters.heads.export import export_heads
+
+        to = out or sources.default_out(source)
+        written = export_heads(Path(source), like, names, to, family=family, overwrite=overwrite)
+        click.echo(json.dumps(written.to_json(), indent=2) if as_json else written.to_text())
+        return
     if check:
         fit = report.check(sources.configuration_of(source, like), names)
         click.echo(json.dumps(fit.to_json(), indent=2) if as_json else fit.to_text())
