@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Only say what fits these engines, a sentence a layer; reads config.json.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: …-export]")
 @click.option("--family", default="", help="Write experts in this layout, where exact: mixtral, qwen2_moe, qwen3_moe.")
+@click.option("--plain", is_flag=True, help="Write layers that differ as alike ones: larger, but no code to trust.")
 @click.option(
     "--quantize", default="none", show_default=True, help="f32, bf16, f16; int8, int4; GGUF: q8_0, q6_k, q5_k, q4_k."
 )
@@ -44,6 +45,7 @@ def export(
     merge: bool,
     out: Path | None,
     family: str,
+    plain: bool,
     quantize: str,
     verify: bool | None,
     overwrite: bool,
@@ -85,6 +87,7 @@ def export(
         engines=names,
         out=out or sources.default_out(source),
         family=family,
+        plain=plain,
         quantize=quantize,
         verify=verify,
         overwrite=overwrite,

@@ -18,7 +18,7 @@ from .configs import uniform_obstacles
 from .directory import ModelDirectory
 from .engines import ENGINES
 from .environments import engine_python
-from .errors import EngineMissingError, ExportError, ProofError
+from .errors import EngineFitError, EngineMissingError, ExportError, ProofError
 from .fit import adapt, check_fit
 from .gguf_file import write_gguf_adapter
 from .plan import ExportConfig, make_plan, refuse
@@ -88,6 +88,7 @@ def export_adapter(
         OutputExistsError, OutputSpaceError: see `atomic`.
     """
     refuse([finding for name in config.engines for finding in check_fit(base.decoder, name)])
+    _refuse_engines(base, config.engines)
     absent = [name for name in config.engines if engine_python(name) is None]
     if config.verify and absent:
         raise EngineMissingError(f"--verify needs {', '.join(absent)}, which cannot be run here")
@@ -101,6 +102,19 @@ def export_adapter(
             final = config.out / ("peft" if layout == "huggingface" else "gguf-adapter")
             done.append(_write(config, adapter, base, engines, final, proof))
     return AdaptersDone(exported=done, notes=adapter.notes)
+
+
+def _refuse_engines(base: ModelDirectory, engines: tuple[str, ...]) -> None:
+    bad = [f"{ENGINES[name].title}: {rule.why}" for name in engines if (rule := ENGINES[name].extras["lora"]).why]
+    for name in engines:
+        if any(finding.alike for finding in check_fit(base.decoder, name)):
+            bad.append(
+                f"{ENGINES[name].title}: the base is written with layers made alike, to which it does not belong"
+            )
+    if bad:
+        raise EngineFitError(
+            "the adapter cannot be served beside its base; --merge writes it into the weights:\n  " + "\n  ".join(bad)
+        )
 
 
 def _write(

@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .configs import uniform_obstacles
-from .directory import read_decoder
 from .engines import ENGINES
 from .environments import engines_root
 from .errors import ExportUsageError
+from .forms import directory_needs_code
 from .proof import Prompts, run_engine
 from .search import Run, Settings, search
 
@@ -82,7 +81,7 @@ def bench(config: BenchConfig, progress: Callable[[str], None]) -> list[Measured
         ExportError: EngineMissingError if the engine is not installed, ProofError if it does not run the model.
     """
     cpus, size_bytes = len(os.sched_getaffinity(0)), model_bytes(config.model)
-    trust = (config.model,) if _needs_code(config.model) else ()
+    trust = (config.model,) if directory_needs_code(config.model) else ()
     prompts = Prompts(ids=_prompts(config.batch, config.length), text=())
     found: list[Measured] = []
 
@@ -202,7 +201,3 @@ def to_text(found: list[Measured]) -> str:
 def _prompts(batch: int, length: int) -> tuple[tuple[int, ...], ...]:
     # small ids, which every vocabulary has
     return tuple(tuple(2 + (31 * row + 7 * step) % 200 for step in range(length)) for row in range(batch))
-
-
-def _needs_code(path: Path) -> bool:
-    return path.is_dir() and bool(uniform_obstacles(read_decoder(path)))
