@@ -88,7 +88,7 @@ def export_adapter(
         OutputExistsError, OutputSpaceError: see `atomic`.
     """
     refuse([finding for name in config.engines for finding in check_fit(base.decoder, name)])
-    _refuse_engines(base, config.engines)
+    refuse_engines(base, config.engines)
     absent = [name for name in config.engines if engine_python(name) is None]
     if config.verify and absent:
         raise EngineMissingError(f"--verify needs {', '.join(absent)}, which cannot be run here")
@@ -104,7 +104,8 @@ def export_adapter(
     return AdaptersDone(exported=done, notes=adapter.notes)
 
 
-def _refuse_engines(base: ModelDirectory, engines: tuple[str, ...]) -> None:
+def refuse_engines(base: ModelDirectory, engines: tuple[str, ...]) -> None:
+    """Raise EngineFitError for engines that serve no adapter, or not beside the base as they get it."""
     bad = [f"{ENGINES[name].title}: {rule.why}" for name in engines if (rule := ENGINES[name].extras["lora"]).why]
     for name in engines:
         if any(finding.alike for finding in check_fit(base.decoder, name)):

@@ -61,7 +61,7 @@ def _openvino(python: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="refound-openvino-") as folder:
         held = Path(folder, "constraints.txt")
         held.write_text(torch)
-        pip(python, "-c", str(held), "transformers<5.6", "huggingface-hub<1.22", "nncf")
+        pip(python, "-c", str(held), "transformers<5.6", "huggingface-hub<1.22", "nncf", "requests", "setuptools")
     pip(python, "--no-deps", "optimum==2.3.0", "optimum-intel==2.2.0")
 
 

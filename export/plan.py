@@ -113,7 +113,10 @@ class ExportPlan:
 
     @property
     def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts) + _SLACK_BYTES * len(self.parts)
+        """On disk, at most: a directory that an exporter starts from stands beside what it makes of it."""
+        times = [2 if part.layout in CONVERTED else 1 for part in self.parts]
+        written = sum(part.bytes * count for part, count in zip(self.parts, times, strict=True))
+        return written + _SLACK_BYTES * len(self.parts)
 
 
 def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
@@ -201,7 +204,8 @@ def _part(
     elif layout in CONVERTED:
         weights = "f32"
         shards, sizes = _shards(source, decoder, weights, moved.sources if moved else {}, None)
-        graph = [(name, GRAPH_BYTES // len(GRAPH_FILES[layout])) for name in GRAPH_FILES[layout]]
+        known = [name for name in GRAPH_FILES[layout] if companions or "tokenizer" not in name]
+        graph = [(name, GRAPH_BYTES // len(known)) for name in known]
         weight_file = (WEIGHT_FILES[layout], sum(size for _, size in sizes))
         files = [weight_file, *graph, ("config.json", 2000), *companions, *small]
     else:

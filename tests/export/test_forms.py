@@ -2,18 +2,20 @@
 """Which form a model is written in for which engine, and what is said where an engine knows none for it."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from refound.cli import main
 from refound.export import report, run
+from refound.export.adapter_export import refuse_engines
 from refound.export.alike import alike
 from refound.export.architecture import FFN, Attention, Decoder
 from refound.export.configs import uniform_obstacles
 from refound.export.convert import CONVERTED
 from refound.export.directory import open_directory
-from refound.export.errors import EngineFitError, EngineMissingError
+from refound.export.errors import EngineFitError, EngineMissingError, ExportError
 from refound.export.fit import adapt, check_fit, form_for
 from refound.export.plan import ExportConfig, make_plan
 
@@ -109,6 +111,27 @@ def test_an_exporter_that_is_not_here_is_said_first(
         with pytest.raises(EngineMissingError, match=f"make engines ENGINES={engine}"):
             run.plan_export(config, source)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_exporter_that_fails_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, an interpreter without the packages."""
+    python = tmp_path / "engines" / "openvino" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    monkeypatch.setenv("REFOUND_ENGINES", str(tmp_path / "engines"))
+    source = open_directory(write_model(tmp_path / "model", decoder(layers=1)))
+    config = ExportConfig(model=source.path, engines=("openvino",), out=tmp_path / "out", verify=False)
+    with pytest.raises(ExportError, match=r"(?s)openvino's exporter failed \(exit code 1\).*No module named"):
+        run.export_model(config, lambda line: None)
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_adapters_are_not_served_where_they_would_not_fit(tmp_path: Path) -> None:
+    base = open_directory(write_model(tmp_path / "base", QWEN3))
+    for engine, told in (("onnxruntime", "not run beside a model"), ("llama.cpp", "layers made alike")):
+        with pytest.raises(EngineFitError, match=f"--merge writes it into the weights:\n.*{told}"):
+            refuse_engines(base, (engine,))
+    refuse_engines(base, ("transformers", "vllm"))
 
 
 @pytest.mark.parametrize("engine", CONVERTED.values())
