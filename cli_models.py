@@ -120,7 +120,7 @@ def _exported(
 
 @click.command(short_help="Measure an engine on a model, and find its best settings.")
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--engine", default="transformers", show_default=True, help="transformers, vllm or llama.cpp.")
+@click.option("--engine", default="transformers", show_default=True, help="One that runs here: see docs/engines.md.")
 @click.option("--length", default=128, show_default=True, help="Tokens of a prompt.")
 @click.option("--batch", default=1, show_default=True, help="Prompts at a time.")
 @click.option("--new-tokens", default=32, show_default=True, help="Tokens to decode for each.")
@@ -133,7 +133,7 @@ def bench(
 ) -> None:
     """Measure prefill and decode of MODEL (a directory, or a GGUF file) in an engine on this machine.
 
-    Threads, and the engine's own settings (llama.cpp: type of the cache, size of a batch; others: type of numbers) are
+    Threads, and the engine's own settings (type of the cache, of numbers, size of a batch, as it has them) are
     searched for, guided by all earlier runs, which are kept. Types below float32 round; refound export says how much.
 
     \b

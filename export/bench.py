@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .convert import WEIGHT_FILES
 from .engines import ENGINES
 from .environments import engines_root
 from .errors import ExportUsageError
@@ -65,6 +66,10 @@ def space(engine: str, cpus: int) -> dict[str, tuple[Any, ...]]:
     threads = tuple(sorted({min(1 << power, cpus) for power in range(cpus.bit_length() + 1)}))
     if engine == "llama.cpp":
         return {"threads": threads, "cache": ("f32", "f16", "f16 flash", "q8_0 flash"), "ubatch": (64, 256, 512)}
+    if engine == "openvino":
+        return {"threads": threads, "dtype": ("float32", "bfloat16"), "cache": ("f32", "f16", "u8")}
+    if engine == "onnxruntime":
+        return {"threads": threads}
     return {"threads": threads, "dtype": ("float32", "bfloat16")}
 
 
@@ -152,10 +157,13 @@ def told(settings: Settings) -> str:
 
 def model_bytes(path: Path) -> int:
     """The size of the weights: what decoding has to read for each token."""
-    files = [path] if path.is_file() else [*path.glob("*.safetensors")]
+    known = ("*.safetensors", *WEIGHT_FILES.values())
+    files = [path] if path.is_file() else [file for name in known for file in path.glob(name)]
     total = sum(file.stat().st_size for file in files)
     if not total:
-        raise ExportUsageError(f"{path} is neither a GGUF file nor a directory with safetensors files")
+        raise ExportUsageError(
+            f"{path} is neither a GGUF file nor a directory with safetensors files, or as an engine has it"
+        )
     return total
 
 

@@ -102,10 +102,10 @@ _TESTED = Rule(support="yes", proof="test")
 _READ = Rule(support="yes", proof="source")
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
 _NO_WINDOWS = _no("it would attend to all tokens: windows of these families are not in GGUF", "source")
-_BY_PLUGIN = Rule(support="plugin", why="its own nemotron-nas has no linear subblocks", proof="source")
+_BY_PLUGIN = Rule(support="plugin", why="its own nemotron-nas has no linear subblocks", proof="test")
 _LINEAR_UNTRIED = _no("linear subblocks were not tried", "source")
 _FIRST_UNTRIED = "a first layer without attention was not tried"
-_EVERY_ATTENTION = _zero("its Transformers backend wants attention in every layer (it raises otherwise)")
+_EVERY_ATTENTION = _zero("its Transformers backend wants attention in every layer (it raises otherwise)", "test")
 _ALL_FORMS: tuple[Form, ...] = ("uniform", "nemotron-nas", "per_layer_config")
 _MULT_ONLY = "it reads ffn_mult only, which says multiples of 256"
 

@@ -52,8 +52,9 @@ def check_fit(decoder: Decoder, name: str, form: Form | None = None) -> list[Fin
     findings = list(_families(decoder, name, engine, form))
     if any(finding.alike for finding in findings):
         return findings
+    uneven = form != "uniform" and bool(uniform_obstacles(decoder))
     for index, layer in enumerate(decoder.layers):
-        for feature in features(decoder, index, form):
+        for feature in features(decoder, index, uneven=uneven):
             rule = engine.rule(feature, form or "uniform")
             if rule.support == "yes":
                 continue
@@ -149,7 +150,7 @@ def _unlike(decoder: Decoder, name: str, engine: Engine) -> Iterator[Finding]:
             yield Finding(engine=name, layer=index, problem=problem, exact=changed, alike=True)
 
 
-def features(decoder: Decoder, index: int, form: Form | None) -> Iterator[str]:
+def features(decoder: Decoder, index: int, *, uneven: bool) -> Iterator[str]:
     """Names in `FEATURES` that this layer makes use of, most telling first."""
     layer = decoder.layers[index]
     attention, ffn = layer.attention, layer.ffn
@@ -174,7 +175,7 @@ def features(decoder: Decoder, index: int, form: Form | None) -> Iterator[str]:
             yield "qwen3_moe unnormalized"
     elif decoder.blocks.moe and ffn.kind == "dense":
         yield "dense among experts"
-    if form == "uniform" or not uniform_obstacles(decoder):
+    if not uneven:
         return
     if attention.kind == "grouped" and attention.kv_heads != _usual(decoder).kv_heads:
         yield "kv heads a layer"

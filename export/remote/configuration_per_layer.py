@@ -3,6 +3,9 @@
 
 from transformers.configuration_utils import PreTrainedConfig
 
+if not hasattr(PreTrainedConfig, "per_layer_config"):
+    raise ImportError("this model's layers differ, which this transformers has no words for; 5.19 and 5.24 have them")
+
 
 class PerLayerConfig(PreTrainedConfig):
     model_type = "per-layer-decoder"

@@ -2,8 +2,10 @@
 """Which form a model is written in for which engine, and what is said where an engine knows none for it."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from refound.export.directory import open_directory
 from refound.export.errors import EngineFitError, EngineMissingError, ExportError
 from refound.export.fit import adapt, check_fit, form_for
 from refound.export.plan import ExportConfig, make_plan
+from refound.export.plugin import WHEEL
 
 from .models import decoder, heterogeneous, with_layer, write_model
 
@@ -154,3 +157,32 @@ def test_check_says_a_sentence_a_layer(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["export", str(write_model(tmp_path / "linear", LINEAR)), "--to", "openvino", "--check"])
     assert ended.value.code == 3
+
+
+def test_the_plugin_for_vllm_is_a_wheel_that_pip_knows(tmp_path: Path) -> None:
+    """Beside a model with linear subblocks, with the entry point that vLLM asks for; the same bytes each time."""
+    source = open_directory(write_model(tmp_path / "model", LINEAR))
+    for name in ("one", "two"):
+        config = ExportConfig(model=source.path, engines=("vllm",), out=tmp_path / name, verify=False)
+        (done,) = run.export_model(config, lambda line: None)
+        assert done.part.plugin
+        assert WHEEL in done.record["files"]
+        assert f"pip install ./{WHEEL}" in (done.part.directory / "README.md").read_text()
+    wheels = [tmp_path / name / "huggingface" / WHEEL for name in ("one", "two")]
+    assert wheels[0].read_bytes() == wheels[1].read_bytes()
+    installed = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--target", str(installed), str(wheels[0])], check=True)
+    (entry,) = (
+        entry
+        for found in distributions(path=[str(installed)])
+        for entry in found.entry_points
+        if entry.group == "vllm.general_plugins"
+    )
+    assert entry.value == "refound_vllm:register"
+    assert {file.name for file in installed.glob("*.py")} == {"refound_vllm.py", "refound_vllm_layers.py"}
+    # whoever has no plugin gets no model that vLLM would fail on without a word of it
+    assert "a plugin for the engine goes along" in report.check(source.path, ("vllm",)).to_text()
+    no_plugin = open_directory(write_model(tmp_path / "plain", decoder(layers=1)))
+    (part,) = make_plan(replace(config, model=no_plugin.path), no_plugin).parts
+    assert not part.plugin
