@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--check", is_flag=True, help="Only say what fits these engines, a sentence a layer; reads config.json.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: …-export]")
 @click.option("--family", default="", help="Write experts in this layout, where exact: mixtral, qwen2_moe, qwen3_moe.")
+@click.option("--plain", is_flag=True, help="Write layers that differ as alike ones: larger, but no code to trust.")
 @click.option(
     "--quantize", default="none", show_default=True, help="f32, bf16, f16; int8, int4; GGUF: q8_0, q6_k, q5_k, q4_k."
 )
@@ -44,6 +45,7 @@ def export(
     merge: bool,
     out: Path | None,
     family: str,
+    plain: bool,
     quantize: str,
     verify: bool | None,
     overwrite: bool,
@@ -94,6 +96,7 @@ def export(
         engines=names,
         out=out or sources.default_out(source),
         family=family,
+        plain=plain,
         quantize=quantize,
         verify=verify,
         overwrite=overwrite,
@@ -126,7 +129,7 @@ def _exported(
 
 @click.command(short_help="Measure an engine on a model, and find its best settings.")
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--engine", default="transformers", show_default=True, help="transformers, vllm or llama.cpp.")
+@click.option("--engine", default="transformers", show_default=True, help="One that runs here: see docs/engines.md.")
 @click.option("--length", default=128, show_default=True, help="Tokens of a prompt.")
 @click.option("--batch", default=1, show_default=True, help="Prompts at a time.")
 @click.option("--new-tokens", default=32, show_default=True, help="Tokens to decode for each.")
@@ -139,7 +142,7 @@ def bench(
 ) -> None:
     """Measure prefill and decode of MODEL (a directory, or a GGUF file) in an engine on this machine.
 
-    Threads, and the engine's own settings (llama.cpp: type of the cache, size of a batch; others: type of numbers) are
+    Threads, and the engine's own settings (type of the cache, of numbers, size of a batch, as it has them) are
     searched for, guided by all earlier runs, which are kept. Types below float32 round; refound export says how much.
 
     \b

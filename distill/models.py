@@ -33,8 +33,8 @@ def open_blocks(directory: Path) -> ModelDirectory:
     source = open_directory(directory, tokenizer=False)
     if source.decoder.family != "llama":
         raise DistillUsageError(
-            f"{directory} is made of {source.decoder.family} blocks. Layers that differ exist for Llama's blocks only "
-            "(nemotron-nas): no engine would serve a child of it. See `refound export --check` and docs/engines.md"
+            f"{directory} is made of {source.decoder.family} blocks; children are built of Llama's blocks only "
+            "(nemotron-nas). `refound export` writes layers of other families that differ, but none are made here yet"
         )
     return source
 

@@ -88,6 +88,7 @@ def export_adapter(
         OutputExistsError, OutputSpaceError: see `atomic`.
     """
     refuse([finding for name in config.engines for finding in check_fit(base.decoder, name)])
+    refuse_engines(base, config.engines)
     absent = [name for name in config.engines if engine_python(name) is None]
     if config.verify and absent:
         raise EngineMissingError(f"--verify needs {', '.join(absent)}, which cannot be run here")
@@ -106,6 +107,20 @@ def export_adapter(
             final = config.out / ("peft" if layout == "huggingface" else "gguf-adapter")
             done.append(_write(config, adapter, base, engines, final, proof))
     return AdaptersDone(exported=done, notes=adapter.notes)
+
+
+def refuse_engines(base: ModelDirectory, engines: tuple[str, ...]) -> None:
+    """Raise EngineFitError for engines that serve no adapter, or not beside the base as they get it."""
+    bad = [f"{ENGINES[name].title}: {rule.why}" for name in engines if (rule := ENGINES[name].extras["lora"]).why]
+    for name in engines:
+        if any(finding.alike for finding in check_fit(base.decoder, name)):
+            bad.append(
+                f"{ENGINES[name].title}: the base is written with layers made alike, to which it does not belong"
+            )
+    if bad:
+        raise EngineFitError(
+            "the adapter cannot be served beside its base; --merge writes it into the weights:\n  " + "\n  ".join(bad)
+        )
 
 
 def _write(

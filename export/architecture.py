@@ -25,12 +25,15 @@ class Attention:
     """Tokens that a position sees, itself included. None: all before it."""
     zero: bool = False
     """All weights are zeros: exactly `none`, for an engine that cannot leave a subblock out."""
+    stored_kv_heads: int = 0
+    """KV heads in the source's files where those are fewer: each is written several times, which changes nothing."""
 
     def __str__(self) -> str:
         if self.kind != "grouped":
             return {"linear": "linear attention", "none": "no attention"}[self.kind]
         window = f", window {self.window}" if self.window else ""
-        return f"attention with {self.kv_heads} KV heads{window}{', all zeros' if self.zero else ''}"
+        repeated = f", {self.stored_kv_heads} of them repeated" if self.stored_kv_heads else ""
+        return f"attention with {self.kv_heads} KV heads{repeated}{window}{', all zeros' if self.zero else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,8 @@ class TensorSpec:
     """`zeros` and `ones` are made, not read."""
     stored: tuple[int, ...] = ()
     """The shape in the source where it is less than `shape`; the rest is zeros."""
+    repeated: int = 0
+    """Or the rows in the source are blocks of this many, and each block is written several times, one by the other."""
 
     @property
     def size(self) -> int:
@@ -148,15 +153,22 @@ class Decoder:
             yield "self_attn.linear_attn.weight", TensorSpec(shape=(hidden, hidden))
             return
         fill = "zeros" if attention.zero else "source"
+        fewer = attention.stored_kv_heads * self.head_dim
         for name, rows, columns, bias in (
             ("q_proj", query, hidden, self.qkv_bias),
             ("k_proj", kv, hidden, self.qkv_bias),
             ("v_proj", kv, hidden, self.qkv_bias),
             ("o_proj", hidden, query, self.output_bias),
         ):
-            yield f"self_attn.{name}.weight", TensorSpec(shape=(rows, columns), fill=fill)
+            few = fewer if name in ("k_proj", "v_proj") else 0
+            block = self.head_dim if few else 0
+            stored = (few, columns) if few else ()
+            yield (
+                f"self_attn.{name}.weight",
+                TensorSpec(shape=(rows, columns), fill=fill, stored=stored, repeated=block),
+            )
             if bias:
-                yield f"self_attn.{name}.bias", TensorSpec(shape=(rows,), fill=fill)
+                yield f"self_attn.{name}.bias", TensorSpec(shape=(rows,), fill=fill, stored=stored[:1], repeated=block)
         if self.blocks.qk_norm:
             ones = "ones" if attention.zero else "source"
             yield "self_attn.q_norm.weight", TensorSpec(shape=(self.head_dim,), fill=ones)

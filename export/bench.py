@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .configs import uniform_obstacles
-from .directory import read_decoder
+from .convert import WEIGHT_FILES
 from .engines import ENGINES
 from .environments import engines_root
 from .errors import ExportUsageError
+from .forms import directory_needs_code
 from .proof import Prompts, run_engine
 from .search import Run, Settings, search
 
@@ -66,6 +66,10 @@ def space(engine: str, cpus: int) -> dict[str, tuple[Any, ...]]:
     threads = tuple(sorted({min(1 << power, cpus) for power in range(cpus.bit_length() + 1)}))
     if engine == "llama.cpp":
         return {"threads": threads, "cache": ("f32", "f16", "f16 flash", "q8_0 flash"), "ubatch": (64, 256, 512)}
+    if engine == "openvino":
+        return {"threads": threads, "dtype": ("float32", "bfloat16"), "cache": ("f32", "f16", "u8")}
+    if engine == "onnxruntime":
+        return {"threads": threads}
     return {"threads": threads, "dtype": ("float32", "bfloat16")}
 
 
@@ -82,7 +86,7 @@ def bench(config: BenchConfig, progress: Callable[[str], None]) -> list[Measured
         ExportError: EngineMissingError if the engine is not installed, ProofError if it does not run the model.
     """
     cpus, size_bytes = len(os.sched_getaffinity(0)), model_bytes(config.model)
-    trust = (config.model,) if _needs_code(config.model) else ()
+    trust = (config.model,) if directory_needs_code(config.model) else ()
     prompts = Prompts(ids=_prompts(config.batch, config.length), text=())
     found: list[Measured] = []
 
@@ -153,10 +157,13 @@ def told(settings: Settings) -> str:
 
 def model_bytes(path: Path) -> int:
     """The size of the weights: what decoding has to read for each token."""
-    files = [path] if path.is_file() else [*path.glob("*.safetensors")]
+    known = ("*.safetensors", *WEIGHT_FILES.values())
+    files = [path] if path.is_file() else [file for name in known for file in path.glob(name)]
     total = sum(file.stat().st_size for file in files)
     if not total:
-        raise ExportUsageError(f"{path} is neither a GGUF file nor a directory with safetensors files")
+        raise ExportUsageError(
+            f"{path} is neither a GGUF file nor a directory with safetensors files, or as an engine has it"
+        )
     return total
 
 
@@ -202,7 +209,3 @@ def to_text(found: list[Measured]) -> str:
 def _prompts(batch: int, length: int) -> tuple[tuple[int, ...], ...]:
     # small ids, which every vocabulary has
     return tuple(tuple(2 + (31 * row + 7 * step) % 200 for step in range(length)) for row in range(batch))
-
-
-def _needs_code(path: Path) -> bool:
-    return path.is_dir() and bool(uniform_obstacles(read_decoder(path)))

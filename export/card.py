@@ -13,12 +13,14 @@ from .directory import ModelDirectory
 from .engines import ENGINES
 from .fit import Finding
 from .plan import ExportConfig, Part
+from .plugin import WHEEL
 from .proof import Figures
 
 SCHEMA = 1
 WRITER = 1
 """Raised when the same source and settings come out as other bytes than before."""
 RECORD = "refound.json"
+_LIBRARIES = {"huggingface": "transformers", "gguf": "llama.cpp", "openvino": "openvino", "onnx": "onnxruntime-genai"}
 
 
 def make_record(
@@ -53,6 +55,9 @@ def recipe(part: Part) -> dict[str, Any]:
         "family": part.decoder.family,
         "engines": list(part.engines),
         "weights": part.weights,
+        # said only where they are used, so that what older versions wrote is still known as done
+        **({"form": part.form} if part.form == "per_layer_config" else {}),
+        **({"plain": True} if part.plain else {}),
     }
 
 
@@ -74,7 +79,7 @@ def make_card(
     config: ExportConfig, part: Part, source: Decoder, figures: Sequence[Figures], unproven: Sequence[str]
 ) -> str:
     """The model card, in Markdown with the metadata that the Hub reads."""
-    lines = ["---", "library_name: transformers" if part.layout == "huggingface" else "library_name: llama.cpp"]
+    lines = ["---", f"library_name: {_LIBRARIES[part.layout]}"]
     lines += ["tags: [refound]", "pipeline_tag: text-generation", "---", "", f"# {config.name}", ""]
     lines += [f"{source.parameters / 1e6:.1f} M parameters: {source}.", ""]
     lines += [f"Made of {config.origin}.", ""] if config.origin else []
@@ -82,6 +87,8 @@ def make_card(
     lines += ["## Serve it", ""]
     target = part.shards[0][0] if part.layout == "gguf" else "."
     lines += [f"- {ENGINES[engine].title}: `{ENGINES[engine].serve.format(path=target)}`" for engine in part.engines]
+    if part.plugin:
+        lines += ["", f"vLLM computes its linear subblocks with the plugin that lies here: `pip install ./{WHEEL}`."]
     lines += ["", "## Held against its source", ""]
     if figures:
         lines += [

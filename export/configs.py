@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from . import per_layer
 from .architecture import FFN, Attention, Decoder, Layer
 from .errors import ModelDirectoryError, UnknownArchitectureError
 from .families import BY_ARCHITECTURE, FAMILIES, Family, Moe
@@ -52,10 +53,12 @@ def read_config(raw: Mapping[str, Any]) -> Decoder:
     name = architectures[0] if architectures else _by_model_type(raw.get("model_type"))
     if name == NEMOTRON:
         family = "llama"
+    elif name == per_layer.PER_LAYER:
+        family = _blocks_of(raw)
     elif name in BY_ARCHITECTURE:
         family = BY_ARCHITECTURE[name]
     else:
-        known = [*BY_ARCHITECTURE, NEMOTRON]
+        known = [*BY_ARCHITECTURE, NEMOTRON, per_layer.PER_LAYER]
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UnknownArchitectureError(
@@ -65,13 +68,25 @@ def read_config(raw: Mapping[str, Any]) -> Decoder:
     if missing:
         raise ModelDirectoryError(f"config.json has no usable number for {', '.join(missing)}")
     config = _Config(raw, FAMILIES[family])
-    layers = _blocks(config) if name == NEMOTRON else _layers(config, FAMILIES[family])
-    return _decoder(config, family, layers)
+    if name == NEMOTRON:
+        return _decoder(config, family, _blocks(config))
+    layers = _layers(config, FAMILIES[family], listed=name == per_layer.PER_LAYER)
+    return _decoder(config, family, per_layer.read_layers(raw, layers))
+
+
+def _blocks_of(raw: Mapping[str, Any]) -> str:
+    blocks = raw.get("blocks")
+    if blocks not in per_layer.BLOCKS:
+        known = ", ".join(per_layer.BLOCKS)
+        raise UnknownArchitectureError(f"config.json names the blocks {blocks!r}; {per_layer.PER_LAYER} has {known}")
+    return blocks
 
 
 def _by_model_type(model_type: Any) -> str | None:
     if model_type == "nemotron-nas":
         return NEMOTRON
+    if model_type == per_layer.MODEL_TYPE:
+        return per_layer.PER_LAYER
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     return family.architecture if family else model_type
 
@@ -113,10 +128,11 @@ def _rope(config: _Config) -> dict[str, Any]:
     return rope
 
 
-def _layers(config: _Config, family: Family) -> tuple[Layer, ...]:
+def _layers(config: _Config, family: Family, *, listed: bool) -> tuple[Layer, ...]:
+    """listed: which layers have windows is said by `layer_types`, whatever the family."""
     heads = config.raw["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads", heads)
-    windows = _windows(config, family)
+    windows = _listed_windows(config) if listed else _windows(config, family)
     return tuple(
         Layer(attention=Attention(kv_heads=kv_heads, window=window), ffn=_uniform_ffn(config, family.moe, index))
         for index, window in enumerate(windows)
@@ -130,9 +146,18 @@ def _windows(config: _Config, family: Family) -> list[int | None]:
     if family.window == "all":
         # Written out as null, it is no window; left out, it is the family's default.
         return [config.raw.get("sliding_window", window)] * count
-    types = config.get("layer_types") or ["full_attention"] * min(config.get("max_window_layers"), count)
-    types = [*types, *["sliding_attention"] * (count - len(types))]
-    return [window if kind == "sliding_attention" else None for kind in types]
+    if config.get("layer_types"):
+        return _listed_windows(config)
+    full = min(config.get("max_window_layers"), count)
+    return [None] * full + [window] * (count - full)
+
+
+def _listed_windows(config: _Config) -> list[int | None]:
+    types, count = config.get("layer_types") or [], config.raw["num_hidden_layers"]
+    if len(types) not in (0, count):
+        raise ModelDirectoryError(f"config.json has {count} layers and layer_types for {len(types)}")
+    types = types or ["full_attention"] * count
+    return [config.raw.get("sliding_window") if kind == "sliding_attention" else None for kind in types]
 
 
 def _uniform_ffn(config: _Config, moe: Moe | None, index: int) -> FFN:
@@ -330,6 +355,11 @@ def write_nemotron(decoder: Decoder) -> dict[str, Any]:
         "mlp_bias": decoder.ffn_bias,
         "block_configs": [_write_block(decoder, layer) for layer in decoder.layers],
     }
+
+
+def write_per_layer(decoder: Decoder) -> dict[str, Any]:
+    """The `config.json` with a `per_layer_config`, for blocks of any dense family; see `per_layer`."""
+    return per_layer.write(decoder, _common(decoder))
 
 
 def _write_block(decoder: Decoder, layer: Layer) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import ExportUsageError
+from .forms import Form
 
-Layout = Literal["huggingface", "gguf"]
-Support = Literal["yes", "zero", "no"]
-"""`zero`: by weights of zeros, which compute the same. `no`: refused."""
+Layout = Literal["huggingface", "gguf", "openvino", "onnx"]
+Support = Literal["yes", "zero", "plugin", "no"]
+"""`zero`: by weights of zeros, which compute the same. `plugin`: by code that goes along. `no`: refused."""
 Proven = Literal["test", "hand", "source"]
 """`test`: tests/export runs that engine on such a model. `hand`: tried once. `source`: read in its code."""
 
@@ -52,7 +53,7 @@ class Rule:
 
     support: Support
     why: str = ""
-    """For `zero` and `no`: what happens otherwise, as the end of a sentence."""
+    """For all but `yes`: what happens otherwise, as the end of a sentence."""
     proof: Proven = "hand"
 
 
@@ -67,6 +68,10 @@ class Engine:
     families: Mapping[str, Proven] = field(hash=False)
     """Dense families it serves, and how that is known."""
     rules: Mapping[str, Rule] = field(hash=False)
+    forms: tuple[Form, ...] = ("uniform", "nemotron-nas")
+    """Forms of a decoder that it takes, `deci` in GGUF being that of nemotron-nas."""
+    per_layer: Mapping[str, Rule] = field(default_factory=dict, hash=False)
+    """What `rules` say otherwise where the form is `per_layer_config`."""
     extras: Mapping[str, Rule] = field(hash=False)
     """By the keys of `EXTRAS`."""
     weights: tuple[str, ...]
@@ -75,6 +80,10 @@ class Engine:
     """What can be said of the largest rank of adapters, rising; the last is the limit. Empty: anything."""
     serve: str
     """A command that serves the export; `{path}` stands for it."""
+
+    def rule(self, feature: str, form: Form) -> Rule:
+        own = self.per_layer if form == "per_layer_config" else {}
+        return own.get(feature) or self.rules[feature]
 
 
 def _rules(proof: Proven, others: Mapping[str, Rule] | None = None) -> dict[str, Rule]:
@@ -95,10 +104,40 @@ _TESTED = Rule(support="yes", proof="test")
 _READ = Rule(support="yes", proof="source")
 _DENSE = ("llama", "mistral", "qwen2", "qwen3")
 _NO_WINDOWS = _no("it would attend to all tokens: windows of these families are not in GGUF", "source")
-_NO_LINEAR = _no("its nemotron-nas has no linear subblocks", "source")
+_BY_PLUGIN = Rule(support="plugin", why="its own nemotron-nas has no linear subblocks", proof="test")
 _LINEAR_UNTRIED = _no("linear subblocks were not tried", "source")
 _FIRST_UNTRIED = "a first layer without attention was not tried"
+_EVERY_ATTENTION = _zero("its Transformers backend wants attention in every layer (it raises otherwise)", "test")
+_ALL_FORMS: tuple[Form, ...] = ("uniform", "nemotron-nas", "per_layer_config")
 _MULT_ONLY = "it reads ffn_mult only, which says multiples of 256"
+
+_NO_HEADS = _no("it has no such heads", "source")
+_FORMLESS = _zero("its exporter builds layers that are all alike", "source")
+_LINEAR_FORMLESS = _no("its exporter knows no such subblock", "source")
+_ALIKE_ONLY = {
+    "kv heads a layer": _FORMLESS,
+    "ffn width a layer": _FORMLESS,
+    "any ffn width": _FORMLESS,
+    "no attention": _FORMLESS,
+    "no attention, first": _FORMLESS,
+    "no ffn": _FORMLESS,
+    "neither": _FORMLESS,
+    "neither, last": _FORMLESS,
+    "linear attention": _LINEAR_FORMLESS,
+    "linear ffn": _LINEAR_FORMLESS,
+}
+_NO_GRAPH_WINDOWS = _no("windows were not tried", "source")
+_NO_ONNX_EXPERTS = _no("its builder does not know that architecture", "source")
+_NO_ONNX = {
+    "window": _NO_GRAPH_WINDOWS,
+    "window, some layers": _NO_GRAPH_WINDOWS,
+    "mixtral": _NO_ONNX_EXPERTS,
+    "qwen2_moe": _NO_ONNX_EXPERTS,
+    "qwen2_moe normalized": _NO_ONNX_EXPERTS,
+    "qwen3_moe": _NO_ONNX_EXPERTS,
+    "qwen3_moe unnormalized": _NO_ONNX_EXPERTS,
+    "dense among experts": _NO_ONNX_EXPERTS,
+}
 
 ENGINES: dict[str, Engine] = {
     "transformers": Engine(
@@ -107,6 +146,7 @@ ENGINES: dict[str, Engine] = {
         layout="huggingface",
         families=dict.fromkeys(_DENSE, "test"),
         rules=_rules("test"),
+        forms=_ALL_FORMS,
         extras={"lora": _TESTED, "medusa": _no("it does not decode with such heads", "source")},
         weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         serve="python -c \"from transformers import pipeline; print(pipeline('text-generation', '{path}', "
@@ -121,11 +161,19 @@ ENGINES: dict[str, Engine] = {
             "test",
             {
                 "no attention, first": _zero("it crashes there (too many values to unpack)"),
-                "linear attention": _NO_LINEAR,
-                "linear ffn": _NO_LINEAR,
+                "linear attention": _BY_PLUGIN,
+                "linear ffn": _BY_PLUGIN,
                 "window, some layers": _no("its qwen2 takes windows in all layers or in none"),
             },
         ),
+        forms=_ALL_FORMS,
+        per_layer={
+            "window, some layers": _READ,
+            "no attention, first": _EVERY_ATTENTION,
+            "no attention": _EVERY_ATTENTION,
+            "neither": _EVERY_ATTENTION,
+            "neither, last": _EVERY_ATTENTION,
+        },
         extras={"lora": _TESTED, "medusa": _TESTED},
         weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         lora_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # vllm/config/lora.py, MaxLoRARanks
@@ -153,6 +201,31 @@ ENGINES: dict[str, Engine] = {
         extras={"lora": _TESTED, "medusa": _no("it has no such heads", "source")},
         weights=("f32", "f16", "q8_0", "q6_k", "q5_k", "q4_k"),
         serve="llama-server -m {path} --host 127.0.0.1",
+    ),
+    "openvino": Engine(
+        title="OpenVINO GenAI",
+        tried="2026.4.1",
+        layout="openvino",
+        families=dict.fromkeys(_DENSE, "source"),
+        rules=_rules("source", _ALIKE_ONLY | {"window": _NO_GRAPH_WINDOWS, "window, some layers": _NO_GRAPH_WINDOWS}),
+        forms=("uniform",),
+        extras={"lora": _no("adapters are not run beside a model in its driver", "source"), "medusa": _NO_HEADS},
+        weights=("f32",),
+        serve="python -c \"import openvino_genai; print(openvino_genai.LLMPipeline('{path}', 'CPU').generate('Once', "
+        'max_new_tokens=32))"',
+    ),
+    "onnxruntime": Engine(
+        title="ONNX Runtime GenAI",
+        tried="0.18.0",
+        layout="onnx",
+        families=dict.fromkeys(_DENSE, "source"),
+        rules=_rules("source", _ALIKE_ONLY | _NO_ONNX),
+        forms=("uniform",),
+        extras={"lora": _no("adapters are not run beside a model in its driver", "source"), "medusa": _NO_HEADS},
+        weights=("f32",),
+        serve="python -c \"import onnxruntime_genai as og; m = og.Model('{path}'); t = og.Tokenizer(m); "
+        "g = og.Generator(m, og.GeneratorParams(m)); g.append_tokens(t.encode('Once')); "
+        '[g.generate_next_token() for _ in range(32)]; print(t.decode(g.get_sequence(0)))"',
     ),
     "sglang": Engine(
         title="SGLang",
@@ -207,6 +280,7 @@ def find_engines(names: str) -> tuple[str, ...]:
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     aliases = {"hf": "transformers", "llamacpp": "llama.cpp", "llama-cpp": "llama.cpp", "trt-llm": "tensorrt-llm"}
+    aliases |= {"openvino-genai": "openvino", "onnx": "onnxruntime", "ort": "onnxruntime"}
     wanted = [aliases.get(name.lower(), name.lower()) for name in wanted]
     problems = []
     for name in wanted:

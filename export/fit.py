@@ -4,9 +4,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from . import per_layer
+from .alike import alike
 from .architecture import FFN, Attention, Decoder, Layer
 from .configs import NEMOTRON_STEP, uniform_obstacles
 from .engines import ENGINES, Engine
+from .forms import Form, forms_of
 
 _ZERO_WIDTH = 32
 """Of an FFN of zeros: a block of every quantization of GGUF."""
@@ -24,33 +27,70 @@ class Finding:
     """A layer that computes the same and that the engine takes; it is written instead."""
     nearest: Layer | None = None
     """Where none is exact: the closest that the engine takes. It computes something else, so it is only named."""
+    alike: bool = False
+    """`exact` makes all layers as large as the largest, so nothing is gained by their being different."""
+    plugin: bool = False
+    """The layer stays as it is; code that goes along teaches the engine to compute it."""
 
     def __str__(self) -> str:
         where = "" if self.layer is None else f"layer {self.layer}: "
+        if self.plugin:
+            return f"{where}{self.problem}; a plugin for the engine goes along, to be installed with pip"
         if self.exact:
             return f"{where}{self.problem}; written as {self.exact}, which computes the same"
         nearest = f"; the nearest that it takes: {self.nearest}" if self.nearest else ""
         return f"{where}{self.problem}{nearest}"
 
 
-def check_fit(decoder: Decoder, name: str) -> list[Finding]:
-    """What the engine cannot take as it is. Empty: all of it fits."""
+def check_fit(decoder: Decoder, name: str, form: Form | None = None) -> list[Finding]:
+    """What the engine cannot take as it is. Empty: all of it fits.
+
+    form: that it is written in. None: the one that suits the engine best, see `form_for`.
+    """
     engine = ENGINES[name]
-    findings = list(_families(decoder, name, engine))
-    uneven = bool(uniform_obstacles(decoder))
+    form = form or form_for(decoder, name)
+    findings = list(_families(decoder, name, engine, form))
+    if any(finding.alike for finding in findings):
+        return findings
+    uneven = form != "uniform" and bool(uniform_obstacles(decoder))
     for index, layer in enumerate(decoder.layers):
-        for feature in _features(decoder, index, uneven):
-            rule = engine.rules[feature]
+        for feature in features(decoder, index, uneven=uneven):
+            rule = engine.rule(feature, form or "uniform")
             if rule.support == "yes":
                 continue
             problem = f"{layer} is not for {engine.title}: {rule.why}"
-            exact = _exact(decoder, layer, feature) if rule.support == "zero" else None
-            nearest = None if exact else _nearest(decoder, layer, feature)
-            findings.append(Finding(engine=name, layer=index, problem=problem, exact=exact, nearest=nearest))
+            exact = _exact(decoder, layer, feature, form) if rule.support == "zero" else None
+            plugin = rule.support == "plugin"
+            nearest = None if exact or plugin else _nearest(decoder, layer, feature)
+            exact = layer if plugin else exact
+            found = Finding(engine=name, layer=index, problem=problem, exact=exact, nearest=nearest, plugin=plugin)
+            findings.append(found)
     return findings
 
 
-def adapt(decoder: Decoder, engines: tuple[str, ...]) -> Decoder:
+def form_for(decoder: Decoder, name: str) -> Form | None:
+    """The form that the engine is given: the first that fits, or else the first it knows. None: it knows none."""
+    known = [form for form in forms_of(decoder) if form in ENGINES[name].forms]
+    fitting = (form for form in known if all(finding.exact for finding in check_fit(decoder, name, form)))
+    return next(fitting, known[0] if known else None)
+
+
+def final_form(decoder: Decoder, engines: tuple[str, ...]) -> Form:
+    """The form that a decoder is written in once it is adapted to these engines."""
+    forms = forms_of(decoder)
+    return next((form for form in forms if not _changes(decoder, engines, form)), forms[0])
+
+
+def _changes(decoder: Decoder, engines: tuple[str, ...], form: Form) -> bool:
+    return any(not finding.plugin for name in engines for finding in check_fit(decoder, name, form))
+
+
+def needs_plugin(decoder: Decoder, engine: str, form: Form) -> bool:
+    """Whether the engine computes some layer only with code that goes along."""
+    return any(finding.plugin for finding in check_fit(decoder, engine, form))
+
+
+def adapt(decoder: Decoder, engines: tuple[str, ...], form: Form | None = None) -> Decoder:
     """The decoder that is written for these engines together: the same function, with zeros where one needs them.
 
     Raises nothing: what does not fit at all is in `check_fit`.
@@ -58,31 +98,31 @@ def adapt(decoder: Decoder, engines: tuple[str, ...]) -> Decoder:
     layers = list(decoder.layers)
     for name in engines:
         # again and again, since one step (zeros for an FFN) may make another needed (a multiple of 256)
-        while exact := {
-            finding.layer: finding.exact
-            for finding in check_fit(replace(decoder, layers=tuple(layers)), name)
-            if finding.exact and finding.layer is not None
-        }:
+        while exact := _replacements(replace(decoder, layers=tuple(layers)), name, form):
             for index, layer in exact.items():
                 layers[index] = layer
     return replace(decoder, layers=tuple(layers))
 
 
-def _families(decoder: Decoder, name: str, engine: Engine) -> Iterator[Finding]:
-    obstacles = [told for told in uniform_obstacles(decoder) if told[1]]
-    if obstacles and decoder.family != "llama":
-        for index, told in obstacles:
-            problem = f"{told}, and no engine here takes {decoder.family} blocks that differ; only Llama blocks may"
-            yield Finding(engine=name, layer=index, problem=problem)
-    elif obstacles and decoder.output_bias:
-        problem = "layers differ and the attention's output has a bias, which nemotron-nas has no word for"
-        yield Finding(engine=name, layer=None, problem=problem)
+def _replacements(decoder: Decoder, name: str, form: Form | None) -> dict[int, Layer]:
+    found = check_fit(decoder, name, form if form in forms_of(decoder) else None)
+    return {
+        finding.layer: finding.exact
+        for finding in found
+        if finding.exact and not finding.plugin and finding.layer is not None
+    }
+
+
+def _families(decoder: Decoder, name: str, engine: Engine, form: Form | None) -> Iterator[Finding]:
+    if form is None:
+        yield from _unlike(decoder, name, engine)
     if decoder.blocks.moe is None and decoder.family not in engine.families:
         known = ", ".join(engine.families)
         problem = f"{engine.title} is not known to take {decoder.family}; known are {known}"
         yield Finding(engine=name, layer=None, problem=problem)
-    if engine.layout == "gguf" and decoder.rope["rope_type"] not in ("default", "linear", "llama3"):
-        problem = f"rope_type {decoder.rope['rope_type']!r} is not written into GGUF here"
+    if engine.layout != "huggingface" and decoder.rope["rope_type"] not in ("default", "linear", "llama3"):
+        why = "is not written into GGUF here" if engine.layout == "gguf" else "was not tried with its exporter"
+        problem = f"rope_type {decoder.rope['rope_type']!r} {why}"
         yield Finding(engine=name, layer=None, problem=problem)
     even = decoder.heads * decoder.head_dim == decoder.hidden_size
     if engine.layout == "gguf" and decoder.blocks.gguf_head_dim == "even" and not even:
@@ -94,7 +134,23 @@ def _families(decoder: Decoder, name: str, engine: Engine) -> Iterator[Finding]:
         )
 
 
-def _features(decoder: Decoder, index: int, uneven: bool) -> Iterator[str]:
+def _unlike(decoder: Decoder, name: str, engine: Engine) -> Iterator[Finding]:
+    """Layers that differ, for an engine that knows no form of that; the exact equivalent is alike, if there is one."""
+    told = dict(uniform_obstacles(decoder))
+    same = alike(decoder)
+    why = f"{engine.title} takes {decoder.family} blocks only where all layers are alike"
+    if same is None:
+        reasons = {} if forms_of(decoder) else dict(per_layer.obstacles(decoder))
+        for index, problem in told.items():
+            yield Finding(engine=name, layer=index, problem=f"{problem}, and {reasons.get(index, why)}")
+        return
+    for index, (layer, changed) in enumerate(zip(decoder.layers, same.layers, strict=True)):
+        if layer != changed:
+            problem = f"{told.get(index, str(layer))}, and {why}"
+            yield Finding(engine=name, layer=index, problem=problem, exact=changed, alike=True)
+
+
+def features(decoder: Decoder, index: int, *, uneven: bool) -> Iterator[str]:
     """Names in `FEATURES` that this layer makes use of, most telling first."""
     layer = decoder.layers[index]
     attention, ffn = layer.attention, layer.ffn
@@ -133,9 +189,9 @@ def _usual(decoder: Decoder) -> Attention:
     return next((layer.attention for layer in decoder.layers if layer.attention.kind == "grouped"), Attention())
 
 
-def _exact(decoder: Decoder, layer: Layer, feature: str) -> Layer:
+def _exact(decoder: Decoder, layer: Layer, feature: str, form: Form | None) -> Layer:
     """The same function, in a form that more engines take."""
-    if feature == "no attention, first":
+    if feature == "no attention, first" or (form == "per_layer_config" and layer.attention.kind == "none"):
         return replace(layer, attention=Attention(kv_heads=_usual(decoder).kv_heads or 1, zero=True))
     if feature in ("no ffn", "neither, last"):
         return replace(layer, ffn=FFN(width=_ZERO_WIDTH, zero=True))

@@ -53,6 +53,28 @@ def _vllm(python: Path) -> None:
     subprocess.run([str(python), "-m", "pip", "uninstall", "-qq", "-y", "triton"], check=True)
 
 
+def _openvino(python: Path) -> None:
+    """OpenVINO GenAI, and optimum-intel, which makes its models; not torchvision, which that names and does not use."""
+    torch = "torch==2.13.0"
+    pip(python, torch)
+    pip(python, "openvino==2026.4.1", "openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0")
+    with tempfile.TemporaryDirectory(prefix="refound-openvino-") as folder:
+        held = Path(folder, "constraints.txt")
+        held.write_text(torch)
+        pip(python, "-c", str(held), "transformers<5.6", "huggingface-hub<1.22", "nncf", "requests", "setuptools")
+    pip(python, "--no-deps", "optimum==2.3.0", "optimum-intel==2.2.0")
+
+
+def _onnxruntime(python: Path) -> None:
+    """ONNX Runtime GenAI, and what the builder in its package imports."""
+    torch = "torch==2.13.0"
+    pip(python, torch)
+    with tempfile.TemporaryDirectory(prefix="refound-onnx-") as folder:
+        held = Path(folder, "constraints.txt")
+        held.write_text(torch)
+        pip(python, "-c", str(held), "onnxruntime-genai==0.18.0", "transformers", "onnx", "onnx-ir")
+
+
 def _requirements(wheel: Path) -> list[str]:
     without = ("torch", "torchaudio", "torchvision", "torchcodec")
     with zipfile.ZipFile(wheel) as archive:
@@ -66,6 +88,8 @@ def _requirements(wheel: Path) -> list[str]:
 RECIPES = {
     "llama.cpp": Recipe(cost="34 MB to download, 200 MB on disk, seconds", install=_llama_cpp),
     "vllm": Recipe(cost="about 1 GB to download, 2.5 GB on disk, 4 minutes on 2 cores", install=_vllm),
+    "openvino": Recipe(cost="about 500 MB to download, 1.6 GB on disk, one to two minutes", install=_openvino),
+    "onnxruntime": Recipe(cost="about 400 MB to download, 1.3 GB on disk, one to two minutes", install=_onnxruntime),
 }
 
 

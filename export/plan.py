@@ -6,20 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .alike import alike
 from .architecture import Decoder
 from .compressed import BITS, Rounding, is_rounded, rounding_of
 from .configs import uniform_obstacles
+from .convert import CONVERTED, GRAPH_BYTES, GRAPH_FILES, WEIGHT_FILES
 from .directory import ModelDirectory
 from .engines import ENGINES, Layout
 from .errors import EngineFitError, ExportUsageError, ModelDirectoryError
-from .fit import Finding, adapt, check_fit
+from .fit import Finding, adapt, check_fit, final_form, form_for, needs_plugin
+from .forms import REMOTE_FILES, Form, forms_of
 from .gguf_file import FILE_TYPES, file_entries
+from .plugin import WHEEL
 from .relayout import Relayout, relayout
 
 SHARD_BYTES = 4_000_000_000
 QUANTIZE = ("none", "bf16", *FILE_TYPES, *BITS)
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-REMOTE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 _SLACK_BYTES = 1 << 20  # headers, configuration, card
 
 
@@ -38,6 +41,8 @@ class ExportConfig:
     overwrite: bool = False
     tokenizer: bool = True
     """Without one only token ids can be served."""
+    plain: bool = False
+    """Write layers that differ as layers that are alike, so that no modelling code goes along to be trusted."""
     family: str = ""
     """Experts are written in this family's layout. Empty: in the source's."""
     origin: str = ""
@@ -67,6 +72,12 @@ class Part:
     """(file, tensors in it)."""
     files: tuple[tuple[str, int], ...]
     """(name, bytes): exact for weights, about right for the small ones."""
+    form: Form = "uniform"
+    """Of the configuration; in GGUF all but `uniform` is `deci`."""
+    plugin: bool = False
+    """vLLM's goes along, see `plugin`."""
+    plain: bool = False
+    """Layers were made alike for it."""
     relayout: Relayout | None = None
     """How the source's weights are called otherwise; `decoder` is as they are called here."""
     rounding: Rounding | None = None
@@ -84,6 +95,7 @@ class Part:
     def to_json(self) -> dict[str, Any]:
         return {
             "layout": self.layout,
+            "form": self.form,
             "engines": list(self.engines),
             "path": str(self.model_path),
             "weights": self.weights,
@@ -101,7 +113,10 @@ class ExportPlan:
 
     @property
     def bytes(self) -> int:
-        return sum(part.bytes for part in self.parts) + _SLACK_BYTES * len(self.parts)
+        """On disk, at most: a directory that an exporter starts from stands beside what it makes of it."""
+        times = [2 if part.layout in CONVERTED else 1 for part in self.parts]
+        written = sum(part.bytes * count for part, count in zip(self.parts, times, strict=True))
+        return written + _SLACK_BYTES * len(self.parts)
 
 
 def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
@@ -114,10 +129,12 @@ def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
     """
     moved = relayout(source.decoder, config.family) if config.family not in ("", source.decoder.family) else None
     decoder = moved.decoder if moved else source.decoder
+    if config.plain:
+        decoder = _plain(decoder)
     findings = [finding for name in config.engines for finding in check_fit(decoder, name)]
     refuse(findings)
     parts = []
-    layouts: tuple[Layout, ...] = ("huggingface", "gguf")
+    layouts: tuple[Layout, ...] = ("huggingface", "gguf", "openvino", "onnx")
     for layout in layouts:
         engines = tuple(name for name in config.engines if ENGINES[name].layout == layout)
         if engines and layout == "gguf" and not any(file.name.startswith("tokenizer") for file in source.companions):
@@ -125,13 +142,34 @@ def make_plan(config: ExportConfig, source: ModelDirectory) -> ExportPlan:
                 f"{source.path} has no tokenizer, and llama.cpp ends itself on a model without a vocabulary. Copy the "
                 "tokenizer's files there, or leave llama.cpp out"
             )
-        if engines:
-            adapted = adapt(decoder, engines)
-            refuse([finding for name in engines for finding in check_fit(adapted, name)])
-            parts.append(_part(config, source, layout, engines, adapted, moved))
+        parts += [
+            _part(config, source, layout, together, directory, adapt(decoder, together, form), moved)
+            for directory, form, together in _groups(decoder, layout, engines)
+        ]
     if config.quantize != "none" and not any(part.weights == config.quantize for part in parts):
         raise ExportUsageError(f"--quantize {config.quantize} is for none of {', '.join(config.engines)}")
     return ExportPlan(parts=tuple(parts), findings=tuple(findings), notes=source.notes)
+
+
+def _plain(decoder: Decoder) -> Decoder:
+    found = decoder if "uniform" in forms_of(decoder) else alike(decoder)
+    if found is None:
+        raise EngineFitError(
+            "the model does not fit: no weights make these layers alike (linear subblocks, experts or windows that "
+            "differ). Leave --plain out; the modelling code that goes along is refound's own"
+        )
+    return found
+
+
+def _groups(
+    decoder: Decoder, layout: Layout, engines: tuple[str, ...]
+) -> list[tuple[str, Form | None, tuple[str, ...]]]:
+    """(directory, form, engines): one for all of a layout, and a second for those that want another form."""
+    chosen: dict[Form | None, list[str]] = {}
+    for name in engines:
+        chosen.setdefault(form_for(decoder, name), []).append(name)
+    names = [layout, *(f"{layout}-{form or 'alike'}".replace("_", "-") for form in list(chosen)[1:])]
+    return [(name, form, tuple(found)) for name, (form, found) in zip(names, chosen.items(), strict=False)]
 
 
 def refuse(findings: list[Finding]) -> None:
@@ -147,9 +185,13 @@ def _part(
     source: ModelDirectory,
     layout: Layout,
     engines: tuple[str, ...],
+    directory: str,
     decoder: Decoder,
     moved: Relayout | None,
 ) -> Part:
+    form = final_form(decoder, engines)
+    refuse([finding for name in engines for finding in check_fit(decoder, name, form)])
+    plugin = "vllm" in engines and needs_plugin(decoder, "vllm", form)
     rounding = None
     companions = [(file.name, file.stat().st_size) for file in source.companions]
     small = [("README.md", 2000), ("refound.json", 4000)]
@@ -159,21 +201,31 @@ def _part(
         entries = file_entries(decoder, weights)
         shards = ((name, tuple(entry.name for entry in entries)),)
         files = [(name, sum(entry.bytes for entry in entries)), *small]
+    elif layout in CONVERTED:
+        weights = "f32"
+        shards, sizes = _shards(source, decoder, weights, moved.sources if moved else {}, None)
+        known = [name for name in GRAPH_FILES[layout] if companions or "tokenizer" not in name]
+        graph = [(name, GRAPH_BYTES // len(known)) for name in known]
+        weight_file = (WEIGHT_FILES[layout], sum(size for _, size in sizes))
+        files = [weight_file, *graph, ("config.json", 2000), *companions, *small]
     else:
         weights = config.quantize if config.quantize in ("f32", "bf16", "f16", *BITS) else "source"
         rounding = _rounding(decoder, weights)
         shards, sizes = _shards(source, decoder, weights, moved.sources if moved else {}, rounding)
-        remote = [(name, 4000) for name in REMOTE_FILES] if uniform_obstacles(decoder) else []
+        remote = [(name, 4000) for name in REMOTE_FILES[form]] + ([(WHEEL, 4000)] if plugin else [])
         index = [("model.safetensors.index.json", 100 * len(decoder.tensors()))] if len(shards) > 1 else []
         files = [*sizes, ("config.json", 2000), *index, *remote, *companions, *small]
     return Part(
         layout=layout,
         engines=engines,
-        directory=config.out / layout,
+        directory=config.out / directory,
         decoder=decoder,
         weights=weights,
         shards=shards,
         files=tuple(files),
+        form=form,
+        plugin=plugin,
+        plain=config.plain and bool(uniform_obstacles(source.decoder)),
         relayout=moved,
         rounding=rounding,
     )

@@ -17,12 +17,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .configs import uniform_obstacles, write_nemotron
 from .directory import ModelDirectory
 from .environments import DRIVERS, driver_name, engine_python
 from .errors import EngineMissingError, ExportError, ProofError
+from .forms import configuration, copy_remote, directory_needs_code, forms_of
 from .plan import Part
-from .writers import copy_remote
 
 NEW_TOKENS = 64
 PROMPT_TOKENS = 12
@@ -216,7 +215,7 @@ class Proof:
         """
         self.progress(f"proving the {part.layout} export in {engine}")
         # Code beside a model runs only where it is ours: the source's own never does.
-        own = (path,) if uniform_obstacles(part.decoder) else ()
+        own = (path,) if part.layout == "huggingface" and part.form != "uniform" else ()
         if part.rounding and engine != "transformers":
             # 4 bits leave few of the source's tokens: another engine is held against the same rounded weights
             rounded = self._run("transformers", [path], trust=own)["models"][0]
@@ -244,13 +243,14 @@ class Proof:
 
     def _reference_path(self) -> Path:
         """The source. If it needs code, a directory of links to its weights beside ours: its own is never run."""
-        if not uniform_obstacles(self.source.decoder):
+        if not directory_needs_code(self.source.path):
             return self.source.path
         folder = Path(self._folder.name, "reference")
         if not folder.exists():
             folder.mkdir()
-            (folder / "config.json").write_text(json.dumps(write_nemotron(self.source.decoder)))
-            copy_remote(folder)
+            form = forms_of(self.source.decoder)[0]
+            (folder / "config.json").write_text(json.dumps(configuration(self.source.decoder, form)))
+            copy_remote(folder, form)
             for file in (*self.source.files, self.source.path / "model.safetensors.index.json"):
                 if file.is_file():
                     (folder / file.name).symlink_to(file.absolute())

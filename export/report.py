@@ -13,6 +13,7 @@ from .directory import ModelDirectory, read_decoder
 from .engines import ENGINES
 from .fit import Finding, check_fit
 from .plan import ExportConfig, ExportPlan
+from .plugin import WHEEL
 
 SCHEMA = 1
 
@@ -116,6 +117,7 @@ class Done:
                 lines.append(f"  {proof['engine']} {proof['version']}: {proof['equal_tokens']} of {asked} tokens equal")
             lines += [f"  {name}: not proven, it is not installed or was not run" for name in one.record["unproven"]]
             lines += [f"  {told}" for told in one.record["replaced"]]
+            lines += [f"  first, for vLLM: pip install {one.part.directory / WHEEL}"] if one.part.plugin else []
             lines += [f"  serve: {ENGINES[name].serve.format(path=one.part.model_path)}" for name in one.part.engines]
         return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from typing import Any
 from .atomic import fresh_directory, recover, require_space
 from .card import RECORD, make_card, make_record, read_record, recipe
 from .compressed import BITS, require_library
+from .convert import CONVERTED, require_converter
 from .directory import ModelDirectory, open_directory, require_tokenizer
 from .environments import engine_python
 from .errors import EngineMissingError, ProofError
@@ -48,6 +49,9 @@ def plan_export(config: ExportConfig, source: ModelDirectory | None = None) -> t
         EngineQuantizer()
     if config.quantize in BITS:
         require_library()
+    for part in plan.parts:
+        if part.layout in CONVERTED:
+            require_converter(part.layout)
     if config.verify and (absent := [name for name in config.engines if engine_python(name) is None]):
         raise EngineMissingError(
             f"--verify needs {', '.join(absent)}, which cannot be run here. {installable(absent)}Leave --verify out "

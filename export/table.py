@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`docs/engines.md` from the table in code: `python -m refound.export.table > docs/engines.md`."""
 
+from collections.abc import Mapping
+
 from .engines import ENGINES, EXTRAS, FEATURES, Rule
 from .families import FAMILIES
 from .install import RECIPES
@@ -32,17 +34,34 @@ def to_markdown() -> str:
             lines.append(_row(f"{family}, all layers alike", *(_MARKS[mark] if mark else "no" for mark in marks)))
     lines += [_row(FEATURES[key], *(_cell(ENGINES[name].rules[key]) for name in names)) for key in FEATURES]
     lines += [_row(EXTRAS[key], *(_cell(ENGINES[name].extras[key]) for name in names)) for key in EXTRAS]
-    lines += ["", "Layers may differ in Llama's blocks only; they are written as nemotron-nas, or as `deci` in GGUF."]
+    lines += [
+        "",
+        "Llama blocks that differ are written as nemotron-nas (`deci` in GGUF). Blocks of mistral, qwen2 and qwen3",
+        "that differ are written with transformers' `per_layer_config`, for engines that are told below to take it;",
+        "all others get layers that are alike and compute the same, as everyone does with `--plain`: KV heads are",
+        "repeated, widths filled up with zeros, and no modelling code goes along. Where an engine takes a model in",
+        "another form than the rest, it gets a directory of its own.",
+    ]
     for name in names:
         engine = ENGINES[name]
         rules = {**engine.rules, **engine.extras}
         titles = {**FEATURES, **EXTRAS}
         reasons = [f"- {titles[key]}: {rule.why}" for key, rule in rules.items() if rule.support != "yes"]
+        if "per_layer_config" in engine.forms:
+            reasons.append("- `per_layer_config`: taken" + _otherwise(engine.per_layer))
         lines += ["", f"## {engine.title}", "", f"`{engine.serve.format(path='PATH')}`", ""]
         if recipe := RECIPES.get(name):
             lines += [f"For the proof: `make engines ENGINES={name}` ({recipe.cost}).", ""]
         lines += reasons or ["Takes all of the above."]
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def _otherwise(rules: Mapping[str, Rule]) -> str:
+    """How the features of that form differ from the table's column."""
+    told: dict[str, list[str]] = {}
+    for key, rule in rules.items():
+        told.setdefault(f"{_cell(rule)}{f', {rule.why}' if rule.why else ''}", []).append(FEATURES[key])
+    return "".join(f"; {', '.join(keys)}: {cell}" for cell, keys in told.items())
 
 
 def _cell(rule: Rule) -> str:

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from .architecture import TensorSpec
 from .compressed import BITS, is_rounded
-from .configs import uniform_obstacles, write_config, write_nemotron
+from .convert import CONVERTED, convert
 from .directory import INDEX, ModelDirectory
 from .errors import EngineFitError
+from .forms import configuration, copy_remote
 from .gguf_file import write_gguf
-from .plan import REMOTE_FILES, Part, source_type
+from .plan import Part, source_type
+from .plugin import write_plugin
 from .quantizer import EngineQuantizer
 
 if TYPE_CHECKING:
     import torch
 
-_REMOTE = Path(__file__).parent / "remote"
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", **dict.fromkeys(BITS, "bfloat16")}
 
@@ -32,33 +33,42 @@ def write_part(part: Part, source: ModelDirectory, directory: Path, progress: Ca
     Raises:
         EngineFitError: if a weight that the part's layout has no place for is not zeros.
     """
-    read = _Reader(source, part)
     if part.layout == "gguf":
+        read = _Reader(source, part)
         progress(f"writing {part.shards[0][0]}")
         tokenizer = source.path if any(file.name.startswith("tokenizer") for file in source.companions) else None
         with EngineQuantizer() if part.weights.endswith("_k") else contextlib.nullcontext() as quantize:
             file = directory / part.shards[0][0]
             write_gguf(file, part.decoder, read, weights=part.weights, tokenizer=tokenizer, quantize=quantize)
         return
-    _write_shards(part, read, directory, progress)
+    if part.layout in CONVERTED:
+        # as the exporter of the engine reads it, in place of which comes what it makes of it
+        between = directory / ".huggingface"
+        between.mkdir()
+        write_huggingface(part, source, between, progress)
+        progress(f"converting it with {part.engines[0]}'s own exporter")
+        convert(part.layout, [(between, directory)])
+        shutil.rmtree(between)
+        return
+    write_huggingface(part, source, directory, progress)
+
+
+def write_huggingface(part: Part, source: ModelDirectory, directory: Path, progress: Callable[[str], None]) -> None:
+    """What transformers loads; an engine's own exporter begins with the same."""
+    _write_shards(part, _Reader(source, part), directory, progress)
     (directory / "config.json").write_text(json.dumps(config_of(part, source), indent=2) + "\n")
     for file in source.companions:
         shutil.copyfile(file, directory / file.name)
-    if uniform_obstacles(part.decoder):
-        copy_remote(directory)
-
-
-def copy_remote(directory: Path) -> None:
-    """The modelling files of nemotron-nas, for transformers."""
-    for name in REMOTE_FILES:
-        shutil.copyfile(_REMOTE / name, directory / name)
+    copy_remote(directory, part.form)
+    if part.plugin:
+        write_plugin(directory)
 
 
 def config_of(part: Part, source: ModelDirectory) -> dict[str, Any]:
     """The `config.json` of a Hugging Face part."""
     kept = _NAMES[source_type(source)]
     decoder = replace(part.decoder, dtype=_TYPES.get(part.weights, kept))
-    config = write_nemotron(decoder) if uniform_obstacles(decoder) else write_config(decoder)
+    config = configuration(decoder, part.form)
     return config | ({"quantization_config": part.rounding.config()} if part.rounding else {})
 
 
@@ -84,6 +94,9 @@ class _Reader:
         ((_, found),) = self.source.weights([self.sources.get(name, name)])
         if not spec.stored:
             return found
+        if spec.repeated:
+            blocks = found.unflatten(0, (-1, spec.repeated))
+            return blocks.repeat_interleave(spec.shape[0] // found.shape[0], dim=0).flatten(0, 1)
         padded = torch.zeros(spec.shape, dtype=found.dtype)
         padded[tuple(slice(0, size) for size in found.shape)] = found
         return padded

@@ -3,17 +3,19 @@
 
 The engine table of `export` decides: a layer that one of the recipe's engines refuses, or that no configuration has
 words for, is left out with the reason. What an engine takes only as weights of zeros stays in, since it computes the
-same; the zeros are not counted in its costs.
+same; the zeros are not counted in its costs. What it takes only with layers made alike, or only by
+a plugin, is left out.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..export.architecture import FFN, Attention, Decoder, Layer
-from ..export.configs import read_config, uniform_obstacles, write_config, write_nemotron
+from ..export.configs import read_config
 from ..export.engines import ENGINES, find_engines
 from ..export.errors import ExportUsageError
 from ..export.fit import check_fit
+from ..export.forms import configuration
 from .errors import RecipeError
 from .recipe import Space
 
@@ -136,10 +138,9 @@ def _refusals(teacher: Decoder, index: int, layer: Layer, engines: tuple[str, ..
         f"{ENGINES[name].title}: {finding.problem}"
         for name in engines
         for finding in check_fit(child, name)
-        if finding.exact is None
+        if finding.exact is None or finding.alike or finding.plugin
     ]
-    config = write_nemotron(child) if uniform_obstacles(child) else write_config(child)
-    if not reasons and read_config(config).layers != child.layers:
+    if not reasons and read_config(configuration(child)).layers != child.layers:
         reasons.append(f"{layer}: config.json has no words for it")
     return reasons
 

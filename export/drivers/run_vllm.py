@@ -76,9 +76,18 @@ def run(path: str, adapter: str | None, request: dict[str, Any]) -> dict[str, An
     }
 
 
+def use_plugins(trusted: list[str]) -> None:
+    """Those beside trusted models, as if they were installed; vLLM looks into models in processes of its own."""
+    wheels = sorted({str(wheel.resolve()) for path in trusted for wheel in Path(path).glob("refound_vllm-*.whl")})
+    if wheels:
+        sys.path.append(wheels[0])
+        os.environ["PYTHONPATH"] = wheels[0]
+
+
 def main() -> None:
     request = json.load(sys.stdin)
     os.environ.update(settings(request["threads"]))
+    use_plugins(request["trust"])
     import vllm  # type: ignore[import-not-found]
 
     answers = []

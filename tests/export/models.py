@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from refound.export.architecture import FFN, Attention, Decoder, Layer
-from refound.export.configs import uniform_obstacles, write_config, write_nemotron
+from refound.export.forms import configuration
 from safetensors.torch import save_file
 
 VOCAB = 384
@@ -68,9 +68,7 @@ def weights(model: Decoder, seed: int = 0) -> dict[str, torch.Tensor]:
 def write_model(directory: Path, model: Decoder, *, tokenizer: bool = True, seed: int = 0) -> Path:
     """A Hugging Face directory with random weights, in one shard."""
     directory.mkdir(parents=True, exist_ok=True)
-    uneven = uniform_obstacles(model)
-    config = write_nemotron(model) if uneven else write_config(model)
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(configuration(model)))
     save_file(weights(model, seed), directory / "model.safetensors", metadata={"format": "pt"})
     if tokenizer:
         write_tokenizer(directory)

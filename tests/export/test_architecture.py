@@ -2,6 +2,7 @@
 """Decoders to and from Hugging Face configurations, held against what transformers itself builds."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refound.export import per_layer
+from refound.export.alike import alike
 from refound.export.architecture import FFN, Attention, Decoder, Layer
-from refound.export.configs import read_config, uniform_obstacles, write_config, write_nemotron
+from refound.export.configs import read_config, uniform_obstacles, write_config, write_nemotron, write_per_layer
 from refound.export.errors import ModelDirectoryError, UnknownArchitectureError
 from refound.export.families import FAMILIES
+from refound.export.forms import forms_of, needs_code
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .models import decoder, heterogeneous, weights, with_layer
@@ -59,6 +63,59 @@ def test_nemotron_says_any_mixture_of_layers(layers: list[Layer], tied: bool) ->
     model = decoder(layers=len(layers), tied=tied)
     model = replace(model, layers=tuple(layers))
     assert read_config(json.loads(json.dumps(write_nemotron(model)))) == model
+
+
+@given(
+    st.lists(
+        LAYERS.filter(lambda layer: "linear" not in (layer.attention.kind, layer.ffn.kind)), min_size=1, max_size=6
+    ),
+    st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+)
+def test_per_layer_config_says_any_mixture_of_blocks(layers: list[Layer], family: str) -> None:
+    model = replace(decoder(family), layers=tuple(layers))
+    if per_layer.obstacles(model):
+        assert all(layer.attention.kind == "none" for layer in layers)
+        return
+    config = json.loads(json.dumps(write_per_layer(model)))
+    assert read_config(config) == model
+    assert needs_code(config)
+    same = alike(model)
+    assert same is not None
+    assert not uniform_obstacles(same)
+    sizes = {name: spec.size for name, spec in model.tensors().items()}
+    for name, spec in same.tensors().items():
+        stored = math.prod(spec.stored) if spec.stored else spec.size
+        assert spec.fill != "source" or stored == sizes[name]
+
+
+def test_per_layer_config_has_no_words_for_everything() -> None:
+    linear = with_layer(decoder("qwen3"), 1, attention=Attention(kind="linear"))
+    with pytest.raises(ValueError, match="layer 1: per_layer_config has no linear"):
+        write_per_layer(linear)
+    two = with_layer(decoder("qwen3"), 1, attention=Attention(kv_heads=2, window=8))
+    assert read_config(write_per_layer(two)) == two
+    with pytest.raises(ValueError, match="windows of several sizes"):
+        write_per_layer(with_layer(two, 2, attention=Attention(kv_heads=2, window=16)))
+    assert alike(linear) is None
+    assert forms_of(decoder("mixtral")) == ("uniform",)
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "sentence"),
+    [
+        ({"9": {"skip": ["mlp"]}}, ModelDirectoryError, "names layer 9 of 4"),
+        ({"1": {"head_dim": 8}}, UnknownArchitectureError, r"per_layer_config\[1\] changes head_dim"),
+        ({"1": {"skip": ["moe"]}}, UnknownArchitectureError, "changes moe"),
+        ({"1": {"num_key_value_heads": 0}}, ModelDirectoryError, "no usable number"),
+        ({"one": {}}, ModelDirectoryError, "cannot be read"),
+        ([1], ModelDirectoryError, "cannot be read"),
+    ],
+)
+def test_a_per_layer_config_that_is_not_known_is_refused(told: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        read_config(write_config(decoder()) | {"per_layer_config": told})
+    with pytest.raises(UnknownArchitectureError, match="names the blocks 'gemma'"):
+        read_config(write_per_layer(decoder("qwen3")) | {"blocks": "gemma"})
 
 
 @given(st.integers(1, 64).map(lambda n: 256 * n), st.sampled_from([64, 576, 960, 4096, 8192]))

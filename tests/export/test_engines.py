@@ -5,6 +5,8 @@ Each engine is started once for all models. What the table replaces or refuses i
 refusal is needed and that the proof would catch it.
 """
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +15,19 @@ from typing import Any
 import pytest
 from refound.export import install
 from refound.export.architecture import FFN, Attention, Decoder
-from refound.export.configs import uniform_obstacles
+from refound.export.configs import uniform_obstacles, write_config
+from refound.export.convert import CONVERTED, convert
 from refound.export.directory import ModelDirectory, open_directory
 from refound.export.engines import ENGINES, EXTRAS, FEATURES
 from refound.export.environments import engine_python
 from refound.export.errors import ProofError
-from refound.export.fit import check_fit
+from refound.export.fit import adapt, check_fit, features
+from refound.export.forms import copy_remote, forms_of
 from refound.export.gguf_file import write_gguf
 from refound.export.plan import ExportConfig, make_plan
+from refound.export.plugin import WHEEL
 from refound.export.proof import TOLERANCES, Figures, compare, make_prompts, run_engine
-from refound.export.writers import copy_remote, write_part
+from refound.export.writers import write_huggingface, write_part
 
 from .models import decoder, heterogeneous, weights, with_layer, write_model
 
@@ -98,6 +103,21 @@ WRONG = {
 }
 
 
+# Blocks that differ and are not Llama's as nemotron-nas knows them: `per_layer_config`
+QWEN3 = decoder("qwen3")
+PER_LAYER: dict[str, Decoder] = {
+    "per layer: llama": with_layer(decoder(qkv_bias=True, output_bias=True), 1, attention=Attention(kv_heads=4)),
+    "per layer: mistral": with_layer(with_layer(windowed(decoder("mistral")), 1, ffn=FFN(width=32)), 2, attention=NONE),
+    "per layer: qwen2": with_layer(decoder("qwen2"), 0, attention=Attention(kv_heads=1), ffn=FFN(width=160)),
+    "per layer: qwen3": replace(QWEN3, layers=heterogeneous().layers),
+    "per layer: first": with_layer(QWEN3, 0, attention=NONE, ffn=FFN(width=32)),
+    "per layer: neither": with_layer(with_layer(QWEN3, 1, attention=NONE, ffn=NO_FFN), 3, attention=NONE, ffn=NO_FFN),
+}
+TRANSFORMERS |= PER_LAYER
+# Written a second time with layers that are alike, for transformers' own classes
+ALIKE = [*PER_LAYER, "all of it", "no attention at all but once"]
+
+
 @dataclass(frozen=True)
 class Workshop:
     """The models on disk, what transformers says of each source, and the exports."""
@@ -107,6 +127,8 @@ class Workshop:
     exports: dict[tuple[str, str], Path]
     reference: dict[str, dict[str, Any]]
     of_transformers: dict[str, dict[str, Any]]
+    others: dict[str, dict[str, Any]]
+    """Of transformers without code to trust: `alike …`, and `wrong` for what its own class passes over."""
 
     def figures(self, engine: str, name: str, answer: dict[str, Any]) -> Figures:
         return compare(engine, "", self.reference[name], answer, TOLERANCES["f32"])
@@ -115,8 +137,12 @@ class Workshop:
 def write_exports(folder: Path, name: str, source: ModelDirectory, engines: tuple[str, ...]) -> dict[str, Path]:
     out = folder / "out" / name.replace(" ", "-")
     plan = make_plan(ExportConfig(model=source.path, engines=engines, out=out), source)
+    return _write(plan.parts, source)
+
+
+def _write(parts: Any, source: ModelDirectory) -> dict[str, Path]:
     written = {}
-    for part in plan.parts:
+    for part in parts:
         part.directory.mkdir(parents=True)
         write_part(part, source, part.directory, lambda line: None)
         written[part.layout] = part.model_path
@@ -134,17 +160,37 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         for layout, written in write_exports(folder, name, sources[name], engines).items():
             exports[name, layout] = written
         if uniform_obstacles(model):
-            copy_remote(path)  # only now, so that the exports' files are the exporter's
+            copy_remote(path, forms_of(model)[0])  # only now, so that the exports' files are the exporter's
     paths = [source.path for source in sources.values()] + [exports[name, "huggingface"] for name in sources]
-    answers = run_engine("transformers", paths, prompts(sources), trust=tuple(paths))["models"]
+    others = {f"alike {name}": write_alike(folder, name, sources[name]) for name in ALIKE}
+    others["wrong"] = write_wrong(folder / "wrong", sources["no ffn"].path)
+    asked = [*paths, *others.values()]
+    answers = run_engine("transformers", asked, prompts(sources), trust=tuple(paths))["models"]
     count = len(sources)
     return Workshop(
         folder=folder,
         sources=sources,
         exports=exports,
         reference=dict(zip(sources, answers[:count], strict=True)),
-        of_transformers=dict(zip(sources, answers[count:], strict=True)),
+        of_transformers=dict(zip(sources, answers[count : 2 * count], strict=True)),
+        others=dict(zip(others, answers[2 * count :], strict=True)),
     )
+
+
+def write_alike(folder: Path, name: str, source: ModelDirectory) -> Path:
+    out = folder / "alike" / name.replace(" ", "-")
+    config = ExportConfig(model=source.path, engines=("transformers",), out=out, plain=True)
+    return _write(make_plan(config, source).parts, source)["huggingface"]
+
+
+def write_wrong(folder: Path, source: Path) -> Path:
+    """A layer without FFN as `per_layer_config` says it, for transformers' own Llama, which does not ask."""
+    folder.mkdir()
+    shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+    # made-up weights of a size that weights have at this width; with the usual 0.02 they come to nearly nothing
+    config = write_config(decoder()) | {"per_layer_config": {"1": {"skip": ["mlp"]}}, "initializer_range": 0.2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def prompts(sources: dict[str, ModelDirectory]) -> Any:
@@ -170,6 +216,43 @@ def test_transformers_computes_what_the_source_does(workshop: Workshop, name: st
     figures = workshop.figures("transformers", name, workshop.of_transformers[name])
     assert (figures.equal_prompts, figures.equal_tokens) == (8, 8 * 64)
     assert figures.logprob_difference == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_layers_made_alike_compute_the_same_in_the_family_s_own_class(workshop: Workshop, name: str) -> None:
+    """Which is also what says that the modelling code of ours, which the sources are run with, is right."""
+    figures = workshop.figures("transformers", name, workshop.others[f"alike {name}"])
+    assert (figures.equal_prompts, figures.equal_tokens) == (8, 8 * 64)
+    assert figures.logprob_difference == pytest.approx(0, abs=1e-4)
+
+
+def test_transformers_own_llama_passes_over_skip_and_the_proof_would_catch_it(workshop: Workshop) -> None:
+    """It makes up the weights that are missing. Read here, it is a model whose layers differ."""
+    source = open_directory(workshop.folder / "wrong", tokenizer=False)
+    assert source.decoder.layers == MODELS["no ffn"].layers
+    assert forms_of(source.decoder) == ("nemotron-nas", "per_layer_config")
+    figures = workshop.figures("transformers", "no ffn", workshop.others["wrong"])
+    assert not figures.holds
+    assert figures.equal_tokens < 100
+
+
+def test_transformers_own_llama_raises_on_kv_heads_that_vary() -> None:
+    from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
+    from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+
+    told: dict[str, Any] = {"num_hidden_layers": 2, "per_layer_config": {"1": {"num_key_value_heads": 1}}}
+    config = LlamaConfig(**told)
+    with pytest.raises(AmbiguousGlobalPerLayerAttributeError, match="num_key_value_heads"):
+        LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_vllm_gets_attention_of_zeros_where_per_layer_config_has_none(name: str) -> None:
+    """Its Transformers backend raises "does not dispatch through the Transformers attention interface"."""
+    model = PER_LAYER[name]
+    adapted = adapt(model, ("vllm",))
+    assert {layer.attention.kind for layer in adapted.layers} == {"grouped"}
+    assert not check_fit(adapted, "vllm")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -208,12 +291,17 @@ def test_llama_cpp_wants_the_heads_of_qwen2_to_fill_the_hidden_size() -> None:
 @pytest.fixture(scope="module")
 def vllm(workshop: Workshop) -> Iterator[dict[str, dict[str, Any]]]:
     names = [name for name in (*MODELS, *TRANSFORMERS) if not _refused(workshop.sources[name].decoder, "vllm")]
-    paths = []
-    for name in names:
-        folder = workshop.folder / "vllm"
-        paths.append(write_exports(folder, name, workshop.sources[name], ("vllm",))["huggingface"])
-    answers = run_engine("vllm", paths, prompts(workshop.sources), trust=tuple(paths))["models"]
-    yield dict(zip(names, answers, strict=True))
+    folder = workshop.folder / "vllm"
+    paths = {name: write_exports(folder, name, workshop.sources[name], ("vllm",))["huggingface"] for name in names}
+    with_plugin = {name: path for name, path in paths.items() if (path / WHEEL).is_file()}
+    assert with_plugin.keys() == {"linear attention", "linear attention, first", "linear ffn"}
+    answers: dict[str, dict[str, Any]] = {}
+    # apart, since the plugin takes the place of vLLM's own class for all that follows
+    for asked in ({name: paths[name] for name in names if name not in with_plugin}, with_plugin):
+        trust = tuple(asked.values())
+        found = run_engine("vllm", list(trust), prompts(workshop.sources), trust=trust)["models"]
+        answers |= dict(zip(asked, found, strict=True))
+    yield answers
 
 
 def _refused(model: Decoder, engine: str) -> bool:
@@ -230,11 +318,52 @@ def test_vllm_computes_what_the_source_does(workshop: Workshop, vllm: dict[str, 
     assert not wrong
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm", "llama.cpp"])
+def converted(workshop: Workshop, engine: str) -> dict[str, dict[str, Any]]:
+    """The answers of an engine whose own exporter makes its files, by model; one process converts them all."""
+    layout = ENGINES[engine].layout
+    pairs = {}
+    for name, source in workshop.sources.items():
+        if _refused(source.decoder, engine):
+            continue
+        out = workshop.folder / layout / name.replace(" ", "-")
+        (part,) = make_plan(ExportConfig(model=source.path, engines=(engine,), out=out), source).parts
+        between = out / "huggingface"
+        between.mkdir(parents=True)
+        write_huggingface(part, source, between, lambda line: None)
+        part.directory.mkdir()
+        pairs[name] = (between, part.directory)
+    convert(layout, list(pairs.values()))
+    answers = run_engine(engine, [to for _, to in pairs.values()], prompts(workshop.sources))["models"]
+    return dict(zip(pairs, answers, strict=True))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(engine_python(name) is None, reason=f"make engines ENGINES={name}"))
+        for name in CONVERTED.values()
+    ],
+)
+def test_engines_with_an_exporter_of_their_own_compute_what_the_source_does(workshop: Workshop, engine: str) -> None:
+    answers = converted(workshop, engine)
+    wrong = [
+        f"{name}: {figures}"
+        for name, answer in answers.items()
+        if not (figures := workshop.figures(engine, name, answer)).holds or figures.equal_prompts < 7
+    ]
+    assert not wrong
+    assert answers.keys() >= {name for name, proof in ENGINES[engine].families.items() if proof == "test"}
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "llama.cpp", *CONVERTED.values()])
 def test_what_the_table_says_is_tested_is_tested(engine: str) -> None:
     known = {**MODELS, **(WRONG if engine == "llama.cpp" else TRANSFORMERS)}
     tested = {name for name, rule in ENGINES[engine].rules.items() if rule.proof == "test"}
     assert tested <= known.keys()
+    tested = {name for name, rule in ENGINES[engine].per_layer.items() if rule.proof == "test"}
+    models = [*PER_LAYER.values(), TRANSFORMERS["window, some layers"]]
+    used = [features(model, i, uneven=True) for model in models for i in range(len(model.layers))]
+    assert tested <= {name for names in used for name in names}
     assert {name for name, proof in ENGINES[engine].families.items() if proof == "test"} <= known.keys()
 
 
