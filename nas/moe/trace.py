@@ -142,8 +142,6 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
     Raises:
         MoeError: if it cannot be written.
     """
-    from safetensors.numpy import save
-
     told = {
         "format": FORMAT,
         "model": trace.model,
@@ -151,8 +149,7 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         "top_k": str(trace.top_k),
         "layers": str(trace.layers),
     }
-    arrays = {"experts": trace.choice, "tokens": trace.tokens, "starts": trace.starts}
-    body = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, told)
+    body = _body(told, {"starts": trace.starts, "tokens": trace.tokens, "experts": trace.choice})
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +162,21 @@ def write_trace(path: Path, trace: RoutingTrace) -> None:
         with contextlib.suppress(OSError):  # the first one is what is told
             part.unlink()
         raise MoeError(f"cannot write {path}: {error.strerror}. Choose another place with --out") from error
+
+
+def _body(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> bytes:
+    """A safetensors file by hand: the library writes metadata in an order that changes from run to run. Arrays come
+    by falling alignment, as the library orders them."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    parts, end = [], 0
+    for name, array in arrays.items():
+        stored, dtype, _ = _TYPES[name]
+        parts.append(np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<")).tobytes())
+        begin, end = end, end + len(parts[-1])
+        header[name] = {"dtype": stored, "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def read_trace(path: Path, *, model: str | None = None) -> RoutingTrace:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refound.nas.moe.errors import MoeError, TraceError
 from refound.nas.moe.trace import RoutingTrace, model_sha256, read_trace, write_trace
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 MODEL = "ab" * 32
@@ -48,6 +49,8 @@ def test_what_is_written_comes_back(
     assert (found.model, found.experts, found.top_k) == (MODEL, experts, trace.top_k)
     assert [found.sequence(s).shape[1] for s in range(found.sequences)] == lengths
     first = path.read_bytes()
+    with safe_open(path, framework="np") as file:
+        assert np.array_equal(file.get_tensor("experts"), trace.choice) and len(file.metadata()) == 5
     write_trace(path, found)
     assert path.read_bytes() == first and len(list(path.parent.iterdir())) == 1
 
