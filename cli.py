@@ -19,6 +19,7 @@ import click
 from . import __version__
 from .ckpt.errors import SnapshotError
 from .cli_models import bench, distill, export, search
+from .cli_moe import carve, trace
 from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
 from .plan_settings import SETTINGS, Setting
 
@@ -53,6 +54,7 @@ def main(context: click.Context) -> None:
       refound plan --nodes 64 --params 70B          what protection costs a job and what it saves
       refound search recipes/smollm2.toml --toy     the best smaller model for a budget, in three minutes
       refound distill CHILD --teacher MODEL …       what a child forgot, learned again from its teacher
+      refound carve MODEL --shared 512 --active 4   a mixture of experts that stock engines serve
       refound export MODEL --to vllm,llama.cpp      what stock engines load, proven equal to MODEL
 
     \b
@@ -437,5 +439,5 @@ def stop(job: str, force: bool) -> None:
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
 
 
-for command in (export, bench, search, distill):
+for command in (export, bench, search, distill, carve, trace):
     main.add_command(command)

@@ -248,4 +248,4 @@ def _array(path: Path, file: Any, base: int, name: str, entry: Any) -> np.ndarra
     if not fits:
         raise TraceError(f"{path} is damaged: {name} is not {stored}, or has another length than its shape says")
     file.seek(base + begin)
-    return np.frombuffer(file.read(size_bytes), dtype).reshape(shape)
+    return np.frombuffer(bytearray(file.read(size_bytes)), dtype).reshape(shape)
