@@ -20,6 +20,7 @@ from . import __version__
 from .ckpt.errors import SnapshotError
 from .cli_heads import heads
 from .cli_models import bench, distill, export, search
+from .cli_moe import carve, trace
 from .cli_serving import plan_serving, simulate_serving
 from .cli_tune import adapter, tune
 from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
@@ -58,6 +59,7 @@ def main(context: click.Context) -> None:
       refound tune recipes/lora-smollm2.toml        an adapter, and how it is served
       refound distill CHILD --teacher MODEL …       what a child forgot, learned again from its teacher
       refound heads MODEL --kind medusa             what guesses a model's next tokens, and the speed-up
+      refound carve MODEL --shared 512 --active 4   a mixture of experts that stock engines serve
       refound export MODEL --to vllm,llama.cpp      what stock engines load, proven equal to MODEL
 
     \b
@@ -442,5 +444,5 @@ def stop(job: str, force: bool) -> None:
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
 
 
-for command in (export, bench, search, distill, tune, adapter, heads, plan_serving, simulate_serving):
+for command in (export, bench, search, distill, carve, trace, tune, adapter, heads, plan_serving, simulate_serving):
     main.add_command(command)

@@ -118,7 +118,7 @@ def distill(config: DistillConfig, progress: Progress, *, alone: bool = False) -
             store.fill(model, progress)
         if dist.is_initialized():
             dist.barrier()
-    loop = _Loop(config, load(child), model, windows, held_out, run, store, alone=alone)
+    loop = Loop(config, load(child).requires_grad_(True), model, windows, held_out, run, store, alone=alone)
     outcome = loop.run(steps, progress)
     if not dist.is_initialized() or dist.get_rank() == 0:
         record = {
@@ -170,7 +170,12 @@ def _check_alike(child: ModelDirectory, teacher: ModelDirectory) -> None:
         raise DistillUsageError(f"{child.path} is no child of {teacher.path}: {', '.join(differ)}")
 
 
-class _Loop:
+class Loop:
+    """The steps of one distillation. What of the child has gradients is trained.
+
+    auxiliary: a loss of the pass just made, added to the others; None: there is none.
+    """
+
     def __init__(
         self,
         config: DistillConfig,
@@ -182,9 +187,11 @@ class _Loop:
         store: LogitStore | None,
         *,
         alone: bool,
+        auxiliary: Callable[[], torch.Tensor] | None = None,
     ) -> None:
-        self._store = store
-        self.child, self.teacher = child.requires_grad_(True), teacher
+        self._store, self._auxiliary = store, auxiliary
+        self.child, self.teacher = child, teacher
+        self._trained = [parameter for parameter in child.parameters() if parameter.requires_grad]
         self._config, self._training = config, config.training
         self._windows, self._held_out = windows, held_out
         self._positions = positions_of(teacher, config.training.length)
@@ -197,9 +204,7 @@ class _Loop:
             temperature=training.temperature,
         )
         self.before = measure(self.child, self.teacher, held_out)
-        self._optimizer = torch.optim.AdamW(
-            self.child.parameters(), lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self._optimizer = torch.optim.AdamW(self._trained, lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self._data = Position(len(windows), batch=training.batch, seed=config.seed)
         self._guard = guard(
             state_folder(config.out),
@@ -248,7 +253,7 @@ class _Loop:
             )
         (loss * self._data.weight).backward()
         self._average_gradients()
-        torch.nn.utils.clip_grad_norm_(self.child.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss.item()
@@ -278,12 +283,12 @@ class _Loop:
             pairs = zip(states[1:], targets[1:], strict=True)
             distances = torch.stack([cosine_distance(one, other).mean() for one, other in pairs])
             loss = loss + self._training.cosine * distances.mean()
-        return loss
+        return loss if self._auxiliary is None else loss + self._auxiliary()
 
     def _average_gradients(self) -> None:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        for parameter in self.child.parameters():
+        for parameter in self._trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)

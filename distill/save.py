@@ -30,8 +30,11 @@ def save_model(
     companions_of: ModelDirectory,
     record: Mapping[str, Any],
     overwrite: bool = False,
+    card: str = "",
 ) -> None:
     """Write the model, with the tokenizer of `companions_of`; `record` goes into refound.json with the files' hashes.
+
+    card: README.md, if there is to be one.
 
     Raises:
         OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`.
@@ -50,6 +53,8 @@ def save_model(
             shutil.copyfile(file, folder / file.name)
         if uneven:
             copy_remote(folder)
+        if card:
+            (folder / "README.md").write_text(card)
         files = {file.name: _file(file) for file in sorted(folder.iterdir())}
         told = {"schema": SCHEMA, "parameters": decoder.parameters, **record, "files": files}
         (folder / RECORD).write_text(json.dumps(told, indent=2) + "\n")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of mixtures of experts: what is typed, what is printed, the exit code.
+
+What is heavy is imported inside the command that needs it, as in `cli.py`.
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from .exits import UsageError
+
+
+@click.command(short_help="Make a mixture of experts of a dense model.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: MODEL-moe]")
+@click.option("--experts", default=16, show_default=True, help="Experts of a layer.")
+@click.option("--active", default=4, show_default=True, help="Of these, so many for each token.")
+@click.option("--shared", default=0, show_default=True, help="Channels that every token takes beside them.")
+@click.option("--copies", default=1, show_default=True, help="For --split upcycle: experts that hold each channel.")
+@click.option(
+    "--split",
+    default="coactivation",
+    show_default=True,
+    help="Channels by coactivation, domains (a text each), gradient, random; upcycle.",
+)
+@click.option("--layout", default="", help="mixtral, qwen2_moe or qwen3_moe.  [default: what fits]")
+@click.option("--dense-layers", default="", metavar="N[,N…]", help="Layers that stay dense.")
+@click.option("--text", "sources", multiple=True, help="A source or file; again for more, each a domain.")
+@click.option("--tokens", default=16384, show_default=True, help="Of text, to decide splits and gates by.")
+@click.option("--length", default=256, show_default=True, help="Tokens of a window.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Training: tokens, length, batch, lr, …")
+@click.option("--seed", default=0, show_default=True, help="Of every draw.")
+@click.option("--refit/--no-refit", default=True, help="Fit down projections to what the gates leave active.")
+@click.option("--trace", "trace_out", type=click.Path(dir_okay=False, path_type=Path), help="Write a trace here too.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep what is computed on the way.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def carve(
+    model: Path,
+    out: Path | None,
+    experts: int,
+    active: int,
+    shared: int,
+    copies: int,
+    split: str,
+    layout: str,
+    dense_layers: str,
+    sources: tuple[str, ...],
+    tokens: int,
+    length: int,
+    settings: tuple[str, ...],
+    seed: int,
+    refit: bool,
+    trace_out: Path | None,
+    keep: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Split every FFN of MODEL (a directory, or smollm2-135m) into experts, give each layer a gate, and train both.
+
+    With all experts active the result computes what MODEL does. Serve it with refound export.
+
+    \b
+    Examples:
+      refound carve MODEL --dry-run                                       parameters, bytes, jobs
+      refound carve MODEL --experts 8 --active 8 --split random           the same function, as Mixtral
+      refound carve MODEL --shared 512 --active 4 --set tokens=200000     half of each FFN, trained
+      refound carve MODEL --split domains --text bible --text python-source --experts 8
+      refound carve MODEL --split upcycle --copies 4 --experts 8 --active 2
+
+    Killed, the same command goes on from what is done, to the same bytes. Exit code 3 if the layout cannot hold the
+    model. Methods and limits: docs/carve.md.
+    """
+    from dataclasses import replace
+
+    from .distill.config import read_training
+    from .distill.packages import require
+    from .nas.moe.config import CarveConfig
+
+    training = read_training(settings)
+    if not any(setting.partition("=")[0].strip() == "tokens" for setting in settings):
+        training = replace(training, tokens=0)  # none, unless it is asked for
+    require("transformers", "tokenizers", "safetensors")
+    from .nas.teacher import teacher_directory
+
+    source = teacher_directory(str(model))
+    config = CarveConfig(
+        model=source,
+        out=out or Path(f"{model.name}-moe"),
+        experts=experts,
+        active=active,
+        shared=shared,
+        copies=copies,
+        split=split,
+        layout=layout,
+        dense_layers=_numbers(dense_layers),
+        sources=sources or CarveConfig.sources,
+        tokens=tokens,
+        length=length,
+        refit=CarveConfig.refit if refit else (),
+        training=training,
+        seed=seed,
+        keep=keep,
+        overwrite=overwrite,
+    )
+    from .nas.moe.carve import plan_carve, run_carve
+
+    if dry_run:
+        plan = plan_carve(config)
+        click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan.to_text())
+        return
+    found = run_carve(config, lambda line: click.echo(line, err=True))
+    if trace_out is not None:
+        _trace(config.out, trace_out, config.sources, tokens=4096)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+
+
+def _numbers(told: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in told.split(",") if number.strip())
+    except ValueError as error:
+        raise UsageError(f"--dense-layers {told!r} is no list of layers, as in 0,29") from error
+
+
+def _trace(model: Path, out: Path, sources: tuple[str, ...], *, tokens: int, length: int = 256) -> dict[str, int | str]:
+    from .nas.moe.routing import TraceConfig, run_trace
+
+    config = TraceConfig(model=model, out=out, sources=sources or TraceConfig.sources, tokens=tokens, length=length)
+    found = run_trace(config, lambda line: click.echo(line, err=True))
+    return {
+        "schema": 1,
+        "path": str(out),
+        "model": found.model,
+        "layers": found.layers,
+        "tokens": len(found.tokens),
+        "sequences": found.sequences,
+        "experts": found.experts,
+        "top_k": found.top_k,
+    }
+
+
+@click.command(short_help="Write which experts a model takes, for every token of a text.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Where to.  [default: MODEL.trace.safetensors]"
+)
+@click.option(
+    "--text", "sources", multiple=True, help="A source or file; again for more.  [default: Python's own docs]"
+)
+@click.option("--tokens", default=16384, show_default=True, help="How many to trace.")
+@click.option("--length", default=256, show_default=True, help="Tokens of a sequence.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def trace(model: Path, out: Path | None, sources: tuple[str, ...], tokens: int, length: int, as_json: bool) -> None:
+    """Write the routing trace of MODEL, a directory with experts (Mixtral, Qwen2-MoE, Qwen3-MoE).
+
+    The file is what plans for serving are made from: placement, caching, batches. Its text is the part of each source
+    that carving does not see.
+
+    \b
+    Example:
+      refound trace MODEL-moe --text bible --tokens 32768
+    """
+    from .distill.packages import require
+
+    require("transformers", "tokenizers", "safetensors")
+    told = _trace(model, out or Path(f"{model.name}.trace.safetensors"), sources, tokens=tokens, length=length)
+    click.echo(
+        json.dumps(told, indent=2) if as_json else f"{told['path']}: {told['tokens']} tokens, {told['layers']} layers"
+    )

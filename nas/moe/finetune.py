@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts and gates trained together against the dense model, by `distill`'s own loop.
+
+Trained are gates, experts, shared experts and the norms before them; attention, embeddings and heads stay the dense
+model's. To the loss of `distill` (divergence of the logits, cosine distance of the hidden states) a load-balancing loss
+is added, the mean over layers. The state is on disk every `save_every` steps, and a killed run goes on from it, bit for
+bit.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...distill.config import DistillConfig
+from ...distill.loop import Distilled, Loop
+from ...distill.models import load
+from .calibration import windows_of
+from .module import build_carved, carved_weights, mixtures
+
+if TYPE_CHECKING:
+    from .carve import Carving, Progress
+
+
+def finetune(
+    carving: "Carving", weights: dict[str, torch.Tensor], progress: "Progress"
+) -> tuple[Distilled, dict[str, torch.Tensor], Loop]:
+    """(what it did, the trained weights in the dense model's type, the loop, to be closed when they are written).
+
+    Raises:
+        TextError: if there is too little text. DivergedError: if the loss is no number.
+    """
+    config, training = carving.config, carving.config.training
+    steps = training.tokens // (training.length * training.batch)
+    child = build_carved(carving.layout.decoder, {name: tensor.float() for name, tensor in weights.items()})
+    own = DistillConfig(
+        child=config.model,
+        teacher=config.model,
+        out=config.out,
+        sources=config.sources,
+        training=training,
+        held_out=config.held_out,
+        seed=config.seed,
+    )
+    from dataclasses import replace
+
+    lengths = replace(config, length=training.length)
+    loop = Loop(
+        own,
+        trainable(child),
+        load(carving.source),
+        windows_of(carving.source, lengths, "train", max(steps, 1) * training.batch),
+        windows_of(carving.source, config, "test", config.held_out),
+        carving.run,
+        None,
+        alone=True,
+        auxiliary=lambda: config.balance * balance(child),
+    )
+    outcome = loop.run(steps, progress)
+    found = {name: tensor.to(carving.dtype) for name, tensor in carved_weights(child, carving.layout.decoder).items()}
+    return outcome, found, loop
+
+
+def trainable(child: torch.nn.Module) -> torch.nn.Module:
+    """With gradients where training is to change something."""
+    for layer in child.model.layers:  # type: ignore[union-attr]  # as DeciLMForCausalLM has them
+        if layer.mlp in mixtures(child):
+            layer.mlp.requires_grad_(True)
+            layer.post_attention_layernorm.requires_grad_(True)
+    return child
+
+
+def balance(child: torch.nn.Module) -> torch.Tensor:
+    """The load-balancing loss of the last pass, the mean over layers: 1 when all loads are equal."""
+    found = [mixture.balance for mixture in mixtures(child) if mixture.balance is not None]
+    return torch.stack(found).mean()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routing trace of a model on some text: transformers runs the model, and its gates are asked what they take.
+
+Any family with experts in the table, carved or not: the model's own modules compute the states, and the choice is that
+of the stored gates on what goes into each mixture, with the softmax and the top k that these layouts share.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...distill.loop import eos_of
+from ...distill.texts import Part, open_tokenizer, pack
+from ...export.directory import ModelDirectory
+from .calibration import listening
+from .carve import carved_source
+from .errors import LayoutError, MoeError
+from .gates import expert_weights
+from .module import load_carved
+from .trace import RoutingTrace, model_sha256, write_trace
+
+_BATCH = 4
+"""Windows at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """A model with experts, and the text that it is heard on."""
+
+    model: Path
+    out: Path
+    sources: tuple[str, ...] = ("python-docs", "python-source")
+    tokens: int = 16384
+    length: int = 256
+    """Tokens a sequence."""
+    part: Part = "test"
+    """Of the texts: `train` was seen by carving, `test` was not."""
+
+
+def run_trace(config: TraceConfig, progress: Callable[[str], None]) -> RoutingTrace:
+    """Write the trace to `config.out`, and return it.
+
+    Raises:
+        ExportError, DistillError, SearchError: for a model or text that cannot be used, or a file that is not written.
+    """
+    source = carved_source(config.model)
+    count = config.tokens // config.length
+    if config.length < 2 or count < 1:
+        raise MoeError(f"{config.tokens} tokens are not one sequence of {config.length}; say --tokens with more")
+    tokenizer = open_tokenizer(config.model)
+    lengths = {"tokenizer": tokenizer, "eos": eos_of(source), "count": count, "length": config.length}
+    windows = torch.from_numpy(pack(config.sources, config.part, **lengths))
+    trace = trace_of(source, windows, progress)
+    write_trace(config.out, trace)
+    return trace
+
+
+def trace_of(source: ModelDirectory, windows: torch.Tensor, progress: Callable[[str], None]) -> RoutingTrace:
+    """The trace of `windows` (n, length), each a sequence."""
+    model, gates, layers = runnable(source), gates_of(source), sparse_layers(source)
+    ffn = source.decoder.layers[layers[0]].ffn
+    parts = []
+    for number, ids in enumerate(windows.split(_BATCH), start=1):
+        with torch.no_grad(), listening(model) as heard:
+            model.model(input_ids=ids, use_cache=False)
+        chosen = [
+            expert_weights(heard[layer] @ gate.T, ffn.top_k, normalized=ffn.normalized)[1].flatten(0, 1)
+            for layer, gate in zip(layers, gates, strict=True)
+        ]
+        parts.append(torch.stack(chosen))
+        progress(f"traced {min(number * _BATCH, len(windows))} of {len(windows)} sequences")
+    count, length = windows.shape
+    return RoutingTrace(
+        model=model_sha256(source.path),
+        experts=ffn.experts,
+        choice=np.ascontiguousarray(torch.cat(parts, 1).numpy().astype(np.int16)),
+        tokens=windows.flatten().numpy().astype(np.int32),
+        starts=np.arange(count + 1, dtype=np.int64) * length,
+    )
+
+
+def runnable(source: ModelDirectory) -> Any:
+    """The model in float32: as `module` has it where its blocks are Llama's, else as transformers has it."""
+    try:
+        return load_carved(source)
+    except LayoutError:
+        from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, local_files_only=True)
+        return model.eval().requires_grad_(False)
+
+
+def sparse_layers(source: ModelDirectory) -> Sequence[int]:
+    return [index for index, layer in enumerate(source.decoder.layers) if layer.ffn.kind == "moe"]
+
+
+def gates_of(source: ModelDirectory) -> list[torch.Tensor]:
+    """(E, hidden) float32 of each layer with experts."""
+    moe = source.decoder.blocks.moe
+    assert moe is not None
+    names = [f"model.layers.{layer}.{moe.router}" for layer in sparse_layers(source)]
+    found = dict(source.weights(names))
+    return [found[name].float() for name in names]
