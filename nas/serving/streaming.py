@@ -84,10 +84,11 @@ def open_streamed(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     files: Callable[[ModelDirectory, torch.dtype], ExpertFiles] = ExpertFiles,
+    experts: Callable[..., StreamedExperts] = StreamedExperts,
 ) -> Iterator[tuple[Any, ExpertStore]]:
     """The model in `path` as transformers' class, with streamed experts: (model, store), in evaluation mode.
 
-    files: what reads experts, where they shall be other than they are stored.
+    files: what reads experts, where they shall be other than they are stored. experts: what computes with them.
 
     Raises:
         ExportError: see `export.directory.open_directory`.
@@ -98,27 +99,29 @@ def open_streamed(
     reader = files(source, dtype)
     store = ExpertStore(reader, config, device)
     try:
-        yield _without_experts(source, reader, store, device), store
+        yield _without_experts(source, store, device, experts), store
     finally:
         store.close()
 
 
-def _without_experts(source: ModelDirectory, files: ExpertFiles, store: ExpertStore, device: torch.device) -> Any:
+def _without_experts(
+    source: ModelDirectory, store: ExpertStore, device: torch.device, experts: Callable[..., StreamedExperts]
+) -> Any:
     """The model on the meta device, experts replaced, and all else filled from the files."""
     from transformers.models.auto.configuration_auto import AutoConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source.path)
+    config, files = AutoConfig.from_pretrained(source.path), store.files
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=files.dtype)
     ahead = Ahead(files.layers, store)
     for index in files.layers:
         block = model.model.layers[index].mlp
         count = source.decoder.layers[index].ffn.experts
-        block.experts = StreamedExperts(index, count, block.experts.act_fn, store, ahead)
+        block.experts = experts(index, count, block.experts.act_fn, store, ahead)
     names = [name for name in source.decoder.tensors() if not files.is_expert(name)]
     weights: Mapping[str, torch.Tensor] = {
-        _in_module(source, name): tensor.to(device, files.dtype) for name, tensor in source.weights(names)
+        module_name(source, name): tensor.to(device, files.dtype) for name, tensor in source.weights(names)
     }
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     tied = {"lm_head.weight"} if source.decoder.tied else set()
@@ -132,6 +135,6 @@ def _without_experts(source: ModelDirectory, files: ExpertFiles, store: ExpertSt
     return model.eval().requires_grad_(False)
 
 
-def _in_module(source: ModelDirectory, name: str) -> str:
+def module_name(source: ModelDirectory, name: str) -> str:
     """Mixtral's files call the block otherwise than its module does."""
     return name.replace(".block_sparse_moe.", ".mlp.") if source.decoder.family == "mixtral" else name
