@@ -148,7 +148,7 @@ def _load_rounded(source: ModelDirectory, rounding: Rounding, dtype: torch.dtype
 
         model: Any = build(source.decoder, weights, dtype=dtype)
     else:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(source.path, local_files_only=True)
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.load_state_dict(weights, strict=False)  # but a tied output, all are there: `_rounded` looked
