@@ -6,7 +6,7 @@ and values in one block of memory, so that dropping the positions that were gues
 a few at a time, which is what early exits need.
 
 Rounding: the matrix products of several positions at once are not those of one position after the other, so logits of
-the two ways differ, by about 1e-5 in float32 and 1e-13 in float64. See `decode.pick` for what follows from it.
+the two ways differ, in float32 by about a millionth of the largest. See `decode.pick` for what follows from it.
 """
 
 from collections.abc import Sequence

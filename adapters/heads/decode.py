@@ -5,9 +5,10 @@ Greedy decoding says the very tokens that the model says alone, whatever is gues
 `Typical` (Medusa's typical acceptance) it does not, and is not meant to.
 
 What "the very tokens" means: logits are computed in passes of other shapes, and round otherwise. So what is taken is
-not the token of the largest logit, but the lowest one within `tie_of(dtype)` of it, ten times what rounding does to
-logits: equal logits are then decided alike by every pass. Only a token whose lead is that tie to within rounding could
-fall either way. Float32 and float64; in half precision rounding is larger than most leads, and nothing is promised.
+not the token of the largest logit, but the lowest one within `tie_of(dtype)` of it, a share of the largest number among
+them and about ten times what rounding does (SmolLM2-135M, float32: 5e-5 where logits reach 43, so a tie is 4e-4). Equal
+logits are then decided alike by every pass. Only a token whose lead is that tie to within rounding could fall either
+way. Float32 and float64; in half precision rounding is larger than many leads, and nothing is promised.
 """
 
 import time
@@ -60,17 +61,31 @@ class Acceptance(Protocol):
         ...
 
 
-_TIES = {torch.float32: 1e-4, torch.float64: 1e-10}
+class Stopper(Protocol):
+    """What ends a text before it is long enough."""
+
+    def start(self) -> None:
+        """A new text."""
+        ...
+
+    def first(self, states: torch.Tensor) -> int | None:
+        """states: (tokens, hidden) of the next tokens, which say what follows each. The first of them after which
+        nothing more is worth saying; None: go on. Each token is shown once, up to the one that is named."""
+        ...
+
+
+_TIES = {torch.float32: 1e-5, torch.float64: 1e-13}
 
 
 def tie_of(dtype: torch.dtype) -> float:
-    """Logits that differ by less count as equal."""
+    """Logits that differ by less, as a share of the largest among them by absolute value, count as equal."""
     return _TIES.get(dtype, 0.0)
 
 
 def pick(logits: torch.Tensor) -> torch.Tensor:
     """(…, vocabulary) to (…): of the tokens whose logits tie with the largest, the lowest."""
-    near = logits >= logits.max(-1, keepdim=True).values - tie_of(logits.dtype)
+    tie = tie_of(logits.dtype) * logits.abs().amax(-1, keepdim=True)
+    near = logits >= logits.amax(-1, keepdim=True) - tie
     return near.to(torch.uint8).argmax(-1)
 
 
@@ -155,7 +170,7 @@ class Decoded:
     @property
     def tokens_a_second(self) -> float:
         """Of those after the first, which the prompt's pass says."""
-        return (len(self.tokens) - 1) / self.seconds if self.seconds else 0.0
+        return max(len(self.tokens) - 1, 0) / self.seconds if self.seconds else 0.0
 
 
 class NoDraft:
@@ -177,8 +192,10 @@ def decode(
     new_tokens: int,
     eos: Sequence[int] = (),
     acceptance: Acceptance | None = None,
+    stopper: Stopper | None = None,
 ) -> Decoded:
-    """Continue `prompt` by `new_tokens`, or up to a token of `eos`, which is the last one then.
+    """Continue `prompt` by `new_tokens`, or up to a token of `eos`, which is the last one then, or as far as `stopper`
+    finds it worth.
 
     Raises:
         HeadsUsageError: for an empty prompt, or if the model has not so many positions.
@@ -192,10 +209,11 @@ def decode(
         model.reset()
         state = model.run(prompt, range(-1, len(prompt) - 1))[-1]
         model.keep(range(len(prompt)))
-        tokens.append(rule.first(model.logits(state)))
+        stopped = _stops(stopper, state[None], begins=True) is not None
+        tokens += [] if stopped else [rule.first(model.logits(state))]
         drafter.start(model, prompt)
         prompted = time.perf_counter()
-        while len(tokens) - len(prompt) < new_tokens and tokens[-1] not in ends:
+        while not stopped and len(tokens) - len(prompt) < new_tokens and tokens[-1] not in ends:
             proposal = drafter.propose(tokens, state, new_tokens - (len(tokens) - len(prompt)))
             tree = proposal.tree
             states = _check(model, proposal)
@@ -205,7 +223,9 @@ def decode(
             model.keep(path)
             drafter.settle(len(path) - 1, path)
             state = states[path[-1]]
-            tokens += said[:stop]
+            enough = _stops(stopper, states[path])
+            stopped = enough is not None and enough < stop
+            tokens += said[: stop if enough is None else min(stop, enough)]
             accepted.append(len(path) - 1)
             guessed.append(len(tree.tokens) - 1)
     return Decoded(
@@ -215,6 +235,14 @@ def decode(
         prompt_seconds=prompted - began,
         seconds=time.perf_counter() - prompted,
     )
+
+
+def _stops(stopper: Stopper | None, states: torch.Tensor, *, begins: bool = False) -> int | None:
+    if stopper is None:
+        return None
+    if begins:
+        stopper.start()
+    return stopper.first(states)
 
 
 def _check(model: CachedModel, proposal: Proposal) -> torch.Tensor:

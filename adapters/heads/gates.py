@@ -76,3 +76,22 @@ _GATES = {"mlp": MlpGate, "gru": GruGate, "ssm": SsmGate}
 
 def make_gate(kind: str, hidden: int, width: int) -> nn.Module:
     return _GATES[kind](hidden, width)
+
+
+class GateStopper:
+    """Ends a text where a gate's score is at least `threshold`: a `decode.Stopper`. A gate that remembers begins at the
+    last token of the prompt."""
+
+    def __init__(self, gate: Gate, threshold: float) -> None:
+        self._gate, self._threshold = gate, threshold
+        self._state: State = None
+
+    def start(self) -> None:
+        self._state = None
+
+    def first(self, states: torch.Tensor) -> int | None:
+        for index in range(len(states)):
+            score, self._state = self._gate(states[None, index : index + 1], self._state)
+            if float(score.sigmoid()) >= self._threshold:
+                return index
+        return None

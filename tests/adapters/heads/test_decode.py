@@ -15,6 +15,7 @@ from refound.adapters.heads.decode_medusa import MedusaDraft
 from refound.adapters.heads.decode_self import SelfDraft
 from refound.adapters.heads.decode_tree import Shape, Tree, best_shape, chain
 from refound.adapters.heads.errors import HeadsMismatchError, HeadsUsageError
+from refound.adapters.heads.gates import GateStopper, make_gate
 from refound.distill.models import load, open_blocks
 from refound.export.medusa import MedusaHead, MedusaHeads
 from transformers import AutoModelForCausalLM
@@ -119,9 +120,9 @@ def test_equal_logits_are_decided_alike_by_every_pass() -> None:
 
 
 def test_the_lowest_of_tied_tokens_is_picked() -> None:
-    logits = torch.tensor([[0.0, 2.0, 2.0 + 5e-5, 1.0], [3.0, 3.0, 3.0, 3.1]])
-    assert pick(logits).tolist() == [1, 3]
-    assert pick(logits.double()).tolist() == [2, 3]
+    logits = torch.tensor([[0.0, 2.0, 2.0 + 5e-6, 1.0], [3.0, 3.0, 3.0, 3.1], [2.0, 2.0 + 5e-6, -100.0, 0.0]])
+    assert pick(logits).tolist() == [1, 3, 0]
+    assert pick(logits.double()).tolist() == [2, 3, 1]
 
 
 @given(prompt=PROMPTS, at=st.integers(0, NEW - 1))
@@ -166,6 +167,32 @@ def test_what_was_kept_of_a_tree_is_a_text() -> None:
         found = of.logits(of.run([3], [-1]))[0]
         wanted = of.model(input_ids=torch.tensor([[9, 8, 7, 5, 4, 3]])).logits[0, -1]
     assert torch.allclose(found, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "gru"])
+@given(prompt=PROMPTS, seed=st.integers(0, 99))
+@settings(max_examples=6, deadline=None)
+def test_a_text_stops_at_the_same_token_however_it_is_decoded(kind: str, prompt: list[int], seed: int) -> None:
+    """A gate that is random, and sure at one token in three or so."""
+    torch.manual_seed(seed)
+    of, gate = model(), make_gate(kind, 64, 8).double()
+    scores: list[float] = []
+
+    class Recording:
+        def start(self) -> None:
+            self.state = None
+
+        def first(self, states: torch.Tensor) -> int | None:
+            for state in states:
+                score, self.state = gate(state[None, None], self.state)
+                scores.append(float(score.sigmoid()))
+
+    plain = decode(of, prompt, NoDraft(), new_tokens=NEW, stopper=Recording())
+    threshold = sorted(scores)[-len(scores) // 3]
+    at = next(index for index, score in enumerate(scores) if score >= threshold)
+    stopper = GateStopper(gate, threshold - 1e-9)
+    for drafter in (NoDraft(), ModelDraft(own_draft(of)), Adversary(plain.tokens, seed)):
+        assert decode(of, prompt, drafter, new_tokens=NEW, stopper=stopper).tokens == plain.tokens[:at]
 
 
 # --- typical acceptance ----------------------------------------------------------------------------------------------
