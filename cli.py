@@ -19,7 +19,7 @@ import click
 from . import __version__
 from .ckpt.errors import SnapshotError
 from .cli_models import bench, distill, export, search
-from .cli_moe import carve, trace
+from .cli_moe import carve, pregate, trace
 from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
 from .plan_settings import SETTINGS, Setting
 
@@ -439,5 +439,5 @@ def stop(job: str, force: bool) -> None:
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
 
 
-for command in (export, bench, search, distill, carve, trace):
+for command in (export, bench, search, distill, carve, trace, pregate):
     main.add_command(command)

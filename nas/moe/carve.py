@@ -260,6 +260,10 @@ class Carving:
             "gates": [self.gate_job(layer) for layer in layers],
         }
 
+    def calibrate(self, progress: Progress) -> None:
+        """Hear the dense model on the text, where anything is decided by it."""
+        run_jobs("calibration", self.calibration_jobs(), self.store, self.calibration.compute, progress)
+
     def run_jobs(self, progress: Progress) -> None:
         jobs, layers = self.jobs(), self.layout.sparse
         for known in jobs.values():
@@ -269,7 +273,7 @@ class Carving:
         if all(self.store.is_done(job) for job in (*jobs["splits"], *jobs["gates"])):
             progress("splits and gates are done already")
             return
-        run_jobs("calibration", jobs["calibration"], self.store, self.calibration.compute, progress)
+        self.calibrate(progress)
         split_of = {job.id: layer for job, layer in zip(jobs["splits"], layers, strict=True)}
         run_jobs("splits", jobs["splits"], self.store, lambda job: self.compute_split(split_of[job.id]), progress)
         gate_of = {job.id: layer for job, layer in zip(jobs["gates"], layers, strict=True)}
