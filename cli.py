@@ -20,7 +20,7 @@ from . import __version__
 from .ckpt.errors import SnapshotError
 from .cli_heads import heads
 from .cli_models import bench, distill, export, search
-from .cli_moe import carve, trace
+from .cli_moe import carve, pregate, trace
 from .cli_serving import plan_serving, simulate_serving
 from .cli_tune import adapter, tune
 from .exits import DAMAGE, FAILED, USAGE, Commands, UsageError
@@ -444,5 +444,7 @@ def stop(job: str, force: bool) -> None:
     click.echo(f"{told} snapshot process{'es' if told != 1 else ''} of job {job!r} told to stop")
 
 
-for command in (export, bench, search, distill, carve, trace, tune, adapter, heads, plan_serving, simulate_serving):
+for command in (export, bench, search, distill, tune, adapter, heads):
+    main.add_command(command)
+for command in (carve, pregate, trace, plan_serving, simulate_serving):
     main.add_command(command)

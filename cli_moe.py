@@ -171,3 +171,80 @@ def trace(model: Path, out: Path | None, sources: tuple[str, ...], tokens: int, 
     click.echo(
         json.dumps(told, indent=2) if as_json else f"{told['path']}: {told['tokens']} tokens, {told['layers']} layers"
     )
+
+
+@click.command(short_help="Train a model that knows every layer's experts before layer one.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--dense", required=True, type=click.Path(path_type=Path), help="The dense model that it was carved from."
+)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where to.")
+@click.option(
+    "--text", "sources", multiple=True, help="A source or file; again for more.  [default: Python's own docs]"
+)
+@click.option("--tokens", default=65536, show_default=True, help="Of text, that it learns from.")
+@click.option("--length", default=256, show_default=True, help="Tokens of a window.")
+@click.option("--rounds", default=2, show_default=True, help="Turns of pre-gating model and experts.")
+@click.option("--steps", default=300, show_default=True, help="Of the pre-gating model, a round.")
+@click.option("--size", default=96, show_default=True, help="Of its embedding.")
+@click.option("--blocks", default=2, show_default=True, help="Of its transformer.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Experts, a round: tokens, batch, lr, …")
+@click.option("--seed", default=0, show_default=True, help="Of every draw.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
+def pregate(
+    model: Path,
+    dense: Path,
+    out: Path,
+    sources: tuple[str, ...],
+    tokens: int,
+    length: int,
+    rounds: int,
+    steps: int,
+    size: int,
+    blocks: int,
+    settings: tuple[str, ...],
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Train a small causal model on token ids that gives every layer's experts, by turns with the experts of MODEL.
+
+    OUT is MODEL with experts that expect it, and OUT.pregate beside it the sidecar: weights, and what they are of.
+
+    \b
+    Example:
+      refound pregate MODEL-moe --dense MODEL --out pregated --set tokens=16384
+
+    Killed, the same command goes on from what is done, to the same bytes.
+    """
+    from dataclasses import replace
+
+    from .distill.config import read_training
+    from .distill.packages import require
+    from .nas.moe.pregating_config import PreGateConfig
+
+    training = read_training(settings)
+    if not any(setting.partition("=")[0].strip() == "tokens" for setting in settings):
+        training = replace(training, tokens=16384)
+    require("transformers", "tokenizers", "safetensors")
+    from .nas.moe.pregating import run_pregating
+    from .nas.teacher import teacher_directory
+
+    config = PreGateConfig(
+        model=model,
+        dense=teacher_directory(str(dense)),
+        out=out,
+        sources=sources or PreGateConfig.sources,
+        tokens=tokens,
+        length=length,
+        rounds=rounds,
+        steps=steps,
+        size=size,
+        blocks=blocks,
+        training=training,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    found = run_pregating(config, lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())

@@ -27,6 +27,7 @@ from ...export.atomic import require_absent, size_text
 from ...export.directory import ModelDirectory, open_directory, read_decoder
 from ...export.errors import OutputExistsError, OutputSpaceError
 from ..jobs import Job, Result, Store, run_jobs
+from . import qk_norm
 from .calibration import Calibration, windows_of
 from .config import CarveConfig, Shape
 from .errors import CarveUsageError, LayoutError, MoeError
@@ -150,9 +151,10 @@ class Carving:
         """Something is decided by text."""
         self.source = open_directory(config.model, tokenizer=self.listens or config.training.tokens > 0)
         self.source.check_numbers()
-        self.measures = dense.family == "llama" and (self.source.path / "tokenizer.json").is_file()
+        blocks = dense.family if not self.layout.widened else self.layout.decoder.family
+        self.measures = blocks == "llama" and (self.source.path / "tokenizer.json").is_file()
         if config.training.tokens and not self.measures:
-            raise LayoutError(f"only Llama's blocks are trained, and {config.model} is {dense.family}: say tokens=0")
+            raise LayoutError(f"only Llama's blocks are trained, and these are {blocks}: say tokens=0")
         self.fingerprint = self.source.fingerprint()
         self.calibration = Calibration(self.source, config, self.fingerprint, store)
         if self.listens:
@@ -240,9 +242,19 @@ class Carving:
             named = self.mixture(layer).named(moe, decoder.layers[layer].ffn)
             found |= {f"model.layers.{layer}.{name}": tensor.to(self.dtype) for name, tensor in named.items()}
         own = self.source.decoder.tensors()
+        if self.layout.widened:
+            for layer, kind in enumerate(self.source.decoder.layers):
+                found |= self._attention(layer, kind.attention.kv_heads)
         found |= dict(self.source.weights([name for name in decoder.tensors() if name not in found and name in own]))
         missing = {name: spec for name, spec in decoder.tensors().items() if name not in found}  # biases of zeros
         return found | {name: torch.zeros(spec.shape, dtype=self.dtype) for name, spec in missing.items()}
+
+    def _attention(self, layer: int, kv_heads: int) -> dict[str, torch.Tensor]:
+        prefix = f"model.layers.{layer}.self_attn."
+        names = [name for name in self.source.decoder.tensors() if name.startswith(prefix)]
+        own = {name.removeprefix(prefix): tensor for name, tensor in self.source.weights(names)}
+        found = qk_norm.widened(own, self.source.decoder, kv_heads)
+        return {prefix + name: tensor for name, tensor in found.items()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -260,6 +272,10 @@ class Carving:
             "gates": [self.gate_job(layer) for layer in layers],
         }
 
+    def calibrate(self, progress: Progress) -> None:
+        """Hear the dense model on the text, where anything is decided by it."""
+        run_jobs("calibration", self.calibration_jobs(), self.store, self.calibration.compute, progress)
+
     def run_jobs(self, progress: Progress) -> None:
         jobs, layers = self.jobs(), self.layout.sparse
         for known in jobs.values():
@@ -269,7 +285,7 @@ class Carving:
         if all(self.store.is_done(job) for job in (*jobs["splits"], *jobs["gates"])):
             progress("splits and gates are done already")
             return
-        run_jobs("calibration", jobs["calibration"], self.store, self.calibration.compute, progress)
+        self.calibrate(progress)
         split_of = {job.id: layer for job, layer in zip(jobs["splits"], layers, strict=True)}
         run_jobs("splits", jobs["splits"], self.store, lambda job: self.compute_split(split_of[job.id]), progress)
         gate_of = {job.id: layer for job, layer in zip(jobs["gates"], layers, strict=True)}

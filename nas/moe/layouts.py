@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from ...export.architecture import FFN, Decoder
 from ...export.configs import uniform_obstacles
 from ...export.families import FAMILIES, Moe
+from . import qk_norm
 from .config import Shape
 from .errors import CarveUsageError, LayoutError
 
@@ -35,6 +36,8 @@ class Layout:
     shape: Shape
     normalized: bool
     """The weights of a token's top k sum to 1."""
+    widened: bool = False
+    """Heads are twice as wide as the dense model's, so that norms of queries and keys do nothing; see `qk_norm`."""
 
     @property
     def moe(self) -> Moe:
@@ -99,9 +102,12 @@ def lay_out(source: Decoder, shape: Shape, family: str = "", dense_layers: Seque
             layer if index in dense_layers else replace(layer, ffn=ffn) for index, layer in enumerate(source.layers)
         ),
     )
-    if problems := list(_problems(source, decoder, shape)):
+    widened = row.qk_norm and not source.blocks.qk_norm
+    if widened:
+        decoder = replace(decoder, head_dim=2 * source.head_dim, qkv_bias=True, output_bias=True)
+    if problems := list(_problems(source, decoder, shape, widened=widened)):
         raise LayoutError(f"{family} cannot hold this:\n  " + "\n  ".join(problems[:6]))
-    return Layout(decoder=decoder, shape=shape, normalized=normalized)
+    return Layout(decoder=decoder, shape=shape, normalized=normalized, widened=widened)
 
 
 def _default(source: Decoder, shape: Shape, dense_layers: Sequence[int]) -> str:
@@ -116,15 +122,16 @@ def _default(source: Decoder, shape: Shape, dense_layers: Sequence[int]) -> str:
     return own
 
 
-def _problems(source: Decoder, new: Decoder, shape: Shape) -> Iterator[str]:
+def _problems(source: Decoder, new: Decoder, shape: Shape, *, widened: bool) -> Iterator[str]:
     family, moe = new.blocks, new.blocks.moe
     assert moe is not None
     if differ := uniform_obstacles(source):
         index, told = differ[0]
         yield f"layer {index} of the model is not like the others ({told}); experts exist for uniform models only"
-    if source.blocks.qk_norm != family.qk_norm:
-        has, other = (source.family, new.family) if source.blocks.qk_norm else (new.family, source.family)
-        yield f"in {has} queries and keys pass a norm, in {other} they do not, and no weights make a norm nothing"
+    if source.blocks.qk_norm and not family.qk_norm:
+        yield f"in {source.family} queries and keys pass a norm, and in it they do not"
+    if widened and (told := qk_norm.problem(source)):
+        yield told
     if shape.shared and not moe.shared:
         yield f"it has no shared expert for {shape.shared} shared channels: say --layout qwen2_moe, or --shared 0"
     if source.ffn_bias:

@@ -23,6 +23,7 @@ from refound.nas.moe.errors import CarveUsageError, LayoutError
 from refound.nas.moe.gates import DEAD
 from refound.nas.moe.layouts import lay_out
 from refound.nas.moe.module import MoeFFN, carved_weights, load_carved, mixtures
+from refound.nas.moe.qk_norm import widened
 from refound.nas.moe.routing import TraceConfig, run_trace
 from refound.nas.moe.trace import model_sha256, read_trace
 from safetensors.torch import load_file
@@ -63,6 +64,8 @@ def logits_of(path: Path) -> torch.Tensor:
         ("qwen2", {"experts": 8, "active": 8, "split": "random", "shared": 64}, "qwen2_moe"),
         ("qwen3", {"experts": 8, "active": 8, "split": "random"}, "qwen3_moe"),
         ("qwen3", {"experts": 6, "active": 6, "split": "coactivation", "dense_layers": (0,)}, "qwen3_moe"),
+        ("llama", {"experts": 8, "active": 8, "split": "random"}, "qwen3_moe"),
+        ("qwen2", {"experts": 8, "active": 8, "split": "random"}, "qwen3_moe"),
         ("llama", {"experts": 8, "active": 2, "copies": 4, "split": "upcycle"}, "mixtral"),
         ("llama", {"experts": 8, "active": 4, "copies": 4, "split": "upcycle"}, "qwen2_moe"),
         ("qwen3", {"experts": 8, "active": 4, "copies": 2, "split": "upcycle"}, "qwen3_moe"),
@@ -239,7 +242,7 @@ def test_a_trace_is_what_the_gates_of_the_running_model_take(tmp_path: Path, fam
         ({"layout": "llama"}, CarveUsageError, "no layout 'llama'"),
         ({"layout": "mixtral", "shared": 48}, LayoutError, "no shared expert.*--layout qwen2_moe"),
         ({"layout": "mixtral", "dense_layers": (0,)}, LayoutError, "mixtral has no dense layers"),
-        ({"layout": "qwen3_moe"}, LayoutError, "no weights make a norm nothing"),
+        ({"layout": "qwen3_moe", "training": Training(tokens=512, length=32)}, LayoutError, "these are qwen3_moe"),
         ({"dense_layers": (2,)}, CarveUsageError, "no layer 2"),
         ({"dense_layers": (0, 1)}, CarveUsageError, "no layer is left"),
         ({"sources": ("bibel",)}, TextError, "did you mean 'bible'"),
@@ -275,6 +278,34 @@ def test_only_llamas_blocks_are_trained(tmp_path: Path) -> None:
     path = dense(tmp_path / "model", "qwen3")
     with pytest.raises(LayoutError, match="only Llama's blocks are trained"):
         run_carve(config(path, tmp_path / "out", training=Training(tokens=1024, length=32)), quiet)
+
+
+def test_norms_that_are_there_have_no_place_elsewhere() -> None:
+    with pytest.raises(LayoutError, match="in qwen3 queries and keys pass a norm"):
+        lay_out(decoder("qwen3", width=96), Shape(width=96, experts=6, top_k=2), "mixtral")
+    turned = decoder(width=96, rope={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(LayoutError, match="kind 'yarn'"):
+        lay_out(turned, Shape(width=96, experts=6, top_k=2), "qwen3_moe")
+
+
+@pytest.mark.parametrize("width", [32, 64, 80, 96, 128])
+def test_a_norm_of_widened_heads_does_nothing(width: int) -> None:
+    """As Qwen3 norms and scores, in bfloat16 weights: the scores of heads without norms."""
+    draw = torch.Generator().manual_seed(0)
+    source = decoder(heads=1, head_dim=width, hidden_size=width)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    own = {f"{name}.weight": torch.randn(width, width, generator=draw).bfloat16() for name in names}
+    wide = {name: tensor.float() for name, tensor in widened(own, source, kv_heads=1).items()}
+    x = torch.randn(16, width, generator=draw)
+    plain = [x @ own[f"{name}.weight"].float().T for name in ("q_proj", "k_proj")]
+    normed = []
+    for name in ("q", "k"):
+        head = x @ wide[f"{name}_proj.weight"].T + wide[f"{name}_proj.bias"]
+        scale = torch.rsqrt(head.square().mean(-1, keepdim=True) + 1e-6)
+        normed.append(head * scale * wide[f"{name}_norm.weight"])
+    wanted = plain[0] @ plain[1].T / width**0.5
+    found = normed[0] @ normed[1].T / (2 * width) ** 0.5
+    assert torch.allclose(found, wanted, atol=2e-5 * wanted.abs().max().item())
 
 
 def test_biases_have_no_place_in_mixtral() -> None:
