@@ -7,7 +7,7 @@ give silently wrong answers for a few layouts; those are refused here, with the 
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .errors import ExportUsageError
@@ -74,6 +74,8 @@ class Engine:
     """What `rules` say otherwise where the form is `per_layer_config`."""
     extras: Mapping[str, Rule] = field(hash=False)
     """By the keys of `EXTRAS`."""
+    ropes: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3")
+    """Rotary embeddings, by their `rope_type`."""
     weights: tuple[str, ...]
     """Formats of weights that the exporter writes for it."""
     lora_ranks: tuple[int, ...] = ()
@@ -127,10 +129,12 @@ _ALIKE_ONLY = {
     "linear ffn": _LINEAR_FORMLESS,
 }
 _NO_GRAPH_WINDOWS = _no("windows were not tried", "source")
+_PROVEN_FORMLESS = replace(_FORMLESS, proof="test")
 _NO_ONNX_EXPERTS = _no("its builder does not know that architecture", "source")
 _NO_ONNX = {
-    "window": _NO_GRAPH_WINDOWS,
-    "window, some layers": _NO_GRAPH_WINDOWS,
+    **{name: _PROVEN_FORMLESS for name, rule in _ALIKE_ONLY.items() if rule is _FORMLESS},
+    "window": _no("it fails as soon as the window is full (GroupQueryAttention and the size of its cache)"),
+    "window, some layers": _TESTED,
     "mixtral": _NO_ONNX_EXPERTS,
     "qwen2_moe": _NO_ONNX_EXPERTS,
     "qwen2_moe normalized": _NO_ONNX_EXPERTS,
@@ -199,6 +203,7 @@ ENGINES: dict[str, Engine] = {
             },
         ),
         extras={"lora": _TESTED, "medusa": _no("it has no such heads", "source")},
+        ropes=("default", "linear", "llama3"),
         weights=("f32", "f16", "q8_0", "q6_k", "q5_k", "q4_k"),
         serve="llama-server -m {path} --host 127.0.0.1",
     ),
@@ -206,10 +211,11 @@ ENGINES: dict[str, Engine] = {
         title="OpenVINO GenAI",
         tried="2026.4.1",
         layout="openvino",
-        families=dict.fromkeys(_DENSE, "source"),
+        families=dict.fromkeys(_DENSE, "test"),
         rules=_rules("source", _ALIKE_ONLY | {"window": _NO_GRAPH_WINDOWS, "window, some layers": _NO_GRAPH_WINDOWS}),
         forms=("uniform",),
         extras={"lora": _no("adapters are not run beside a model in its driver", "source"), "medusa": _NO_HEADS},
+        ropes=("default", "linear", "llama3"),
         weights=("f32",),
         serve="python -c \"import openvino_genai; print(openvino_genai.LLMPipeline('{path}', 'CPU').generate('Once', "
         'max_new_tokens=32))"',
@@ -218,10 +224,11 @@ ENGINES: dict[str, Engine] = {
         title="ONNX Runtime GenAI",
         tried="0.18.0",
         layout="onnx",
-        families=dict.fromkeys(_DENSE, "source"),
+        families=dict.fromkeys(_DENSE, "test"),
         rules=_rules("source", _ALIKE_ONLY | _NO_ONNX),
         forms=("uniform",),
         extras={"lora": _no("adapters are not run beside a model in its driver", "source"), "medusa": _NO_HEADS},
+        ropes=("default", "llama3"),  # linear it passes over, and answers wrongly
         weights=("f32",),
         serve="python -c \"import onnxruntime_genai as og; m = og.Model('{path}'); t = og.Tokenizer(m); "
         "g = og.Generator(m, og.GeneratorParams(m)); g.append_tokens(t.encode('Once')); "

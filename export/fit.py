@@ -120,9 +120,9 @@ def _families(decoder: Decoder, name: str, engine: Engine, form: Form | None) ->
         known = ", ".join(engine.families)
         problem = f"{engine.title} is not known to take {decoder.family}; known are {known}"
         yield Finding(engine=name, layer=None, problem=problem)
-    if engine.layout != "huggingface" and decoder.rope["rope_type"] not in ("default", "linear", "llama3"):
-        why = "is not written into GGUF here" if engine.layout == "gguf" else "was not tried with its exporter"
-        problem = f"rope_type {decoder.rope['rope_type']!r} {why}"
+    if decoder.rope["rope_type"] not in engine.ropes:
+        why = "is not written into GGUF here" if engine.layout == "gguf" else "is not known to come out right there"
+        problem = f"rope_type {decoder.rope['rope_type']!r} {why}; known are {', '.join(engine.ropes)}"
         yield Finding(engine=name, layer=None, problem=problem)
     even = decoder.heads * decoder.head_dim == decoder.hidden_size
     if engine.layout == "gguf" and decoder.blocks.gguf_head_dim == "even" and not even:

@@ -142,7 +142,7 @@ def test_what_no_exporter_knows_is_refused(engine: str) -> None:
     refused = [finding for finding in check_fit(LINEAR, engine) if finding.exact is None]
     assert "layer 1" in " ".join(map(str, refused))
     (rope,) = check_fit(decoder(rope={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), engine)
-    assert "'yarn' was not tried with its exporter" in str(rope)
+    assert "'yarn' is not known to come out right there" in str(rope)
 
 
 def test_check_says_a_sentence_a_layer(tmp_path: Path) -> None:
