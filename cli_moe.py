@@ -68,7 +68,7 @@ def carve(
     Examples:
       refound carve MODEL --dry-run                                       parameters, bytes, jobs
       refound carve MODEL --experts 8 --active 8 --split random           the same function, as Mixtral
-      refound carve MODEL --shared 512 --active 4 --set tokens=200000     half of each FFN, trained
+      refound carve MODEL --shared 512 --active 4 --set tokens=100000     half of each FFN, trained
       refound carve MODEL --split domains --text bible --text python-source --experts 8
       refound carve MODEL --split upcycle --copies 4 --experts 8 --active 2
 

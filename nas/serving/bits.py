@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...export.engines import ENGINES
+from ...export.engines import ENGINES, Engine
 from ..solver import Problem, Row, Solution, solve
 from .errors import CapacityError, PlanError
 
@@ -94,7 +94,13 @@ def plan_bits(
 
 def servable(bits: np.ndarray) -> dict[str, str]:
     """For each engine a sentence: how it serves experts of these bits, or why it does not."""
-    return {name: _served(name, engine.layout, bits) for name, engine in ENGINES.items()}
+    return {name: _no_experts(engine) or _served(name, engine.layout, bits) for name, engine in ENGINES.items()}
+
+
+def _no_experts(engine: Engine) -> str:
+    """Why an engine serves no mixture at all; empty if it serves one."""
+    rules = [engine.rules[feature] for feature in ("mixtral", "qwen2_moe", "qwen3_moe")]
+    return f"no: {rules[0].why}" if all(rule.support == "no" for rule in rules) else ""
 
 
 _FUSED: Mapping[str, str] = {
@@ -103,6 +109,7 @@ _FUSED: Mapping[str, str] = {
     "llama.cpp": "a layer's experts are one tensor of one type in GGUF",
     "sglang": "its fused kernel takes one scheme for all experts of a layer",
     "tensorrt-llm": "its fused kernel takes one scheme for all experts of a layer",
+    "openvino": "its exporter writes a layer's experts as one operation, of one type",
 }
 _GGUF = {8: "q8_0", 4: "q4_k"}
 
