@@ -104,7 +104,7 @@ def test_no_device_gets_busier_than_it_may(seed: int, shape: tuple[int, int]) ->
     devices = Devices(nodes=shape[0], gpus=shape[1], memory_gb=1)
     capacity, distance = capacities(8, devices.count), devices.distance(1.0)
     affinity, load = affinity_of(experts, 8), load_of(experts, 8)
-    free = place(affinity, distance).device_of
+    free = sweep(affinity, distance, capacity, starts=3).device_of
     found, usual = balanced(free, affinity, distance, load, capacity), contiguous(3, capacity)
     assert cost_of(free, affinity, distance) <= cost_of(found, affinity, distance) + 1e-9
     assert cost_of(found, affinity, distance) <= cost_of(usual, affinity, distance) + 1e-9
