@@ -48,6 +48,7 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--slots", type=click.IntRange(min=1), help="Experts a layer in a cache.  [default: by memory]"
             ),
+            click.option("--unbalanced", is_flag=True, help="Place for fewest hops, however busy one device gets."),
             click.option("--seed", type=int, default=0, show_default=True, help="Of the placement's starts."),
         )
     ):
@@ -211,7 +212,13 @@ def _settings_of(options: dict[str, Any]) -> "Settings":
     from .nas.serving.plans import Settings
 
     how = Batching(batch=options["batch"], active=options["active"], patience=options["patience"])
-    return Settings(batching=how, look_ahead=options["look_ahead"], slots=options["slots"] or 0, seed=options["seed"])
+    return Settings(
+        batching=how,
+        look_ahead=options["look_ahead"],
+        slots=options["slots"] or 0,
+        seed=options["seed"],
+        unbalanced=options["unbalanced"],
+    )
 
 
 def _require_places(*places: Path | None, overwrite: bool) -> None:

@@ -10,6 +10,8 @@ computes on the text, with an oracle in the router's place.
 """
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,7 @@ def strengths(model: Any, windows: Any) -> Any:
             hidden = hidden + layer.mlp.down_proj(inner)
 
 
-def clusters(strong: np.ndarray, experts: int, *, seed: int, rounds: int = 4) -> np.ndarray:
+def clusters(strong: np.ndarray, experts: int, *, seed: int, rounds: int = 2) -> np.ndarray:
     """The expert of each channel, equally many of each: (width,). strong: (tokens, width)."""
     from refound.nas.serving.placement import assign
 
@@ -90,29 +92,52 @@ def taken(energy: np.ndarray, bias: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def energies(
-    *, experts: int = 16, fit_tokens: int = 3072, tokens: int = 12288, length: int = 256, seed: int = 0
+    keep: Path, *, experts: int = 16, fit_tokens: int = 2048, tokens: int = 8192, length: int = 256, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """log energy of each expert, `fit` (layers, fit_tokens, experts) on training text and `held` (layers, tokens,
-    experts) on held-out text, with the latter's `tokens` and `starts`."""
+    experts) on held-out text, with the latter's `tokens` and `starts`. What the folder `keep` has is not made anew."""
     from refound.distill.models import load
 
+    keep.mkdir(parents=True, exist_ok=True)
     source, fit = windows_of("train", fit_tokens, length)
     _, text = windows_of("test", tokens, length)
     model = load(source)
-    of, seen = [], []
-    for index, strong in enumerate(strengths(model, fit)):
-        of.append(clusters(strong, experts, seed=seed + index))
-        seen.append(_energy(strong, of[-1], experts))
-    print(f"experts made of {fit.numel():,} tokens", file=sys.stderr)
+
+    def make_fit() -> dict[str, np.ndarray]:
+        of, seen = [], []
+        for index, strong in enumerate(strengths(model, fit)):
+            of.append(clusters(strong, experts, seed=seed + index))
+            seen.append(_energy(strong, of[-1], experts))
+        return {"of": np.stack(of), "fit": np.stack(seen)}
+
+    made = _kept(keep / f"experts-{experts}-{fit_tokens}-{length}-{seed}.npz", make_fit)
     parts = []
-    for chunk in text.split(8):
-        parts.append(np.stack([_energy(s, own, experts) for own, s in zip(of, strengths(model, chunk), strict=True)]))
+    for number, chunk in enumerate(text.split(4)):
+
+        def make_held(chunk: Any = chunk) -> dict[str, np.ndarray]:
+            rows = zip(made["of"], strengths(model, chunk), strict=True)
+            return {"held": np.stack([_energy(strong, own, experts) for own, strong in rows])}
+
+        name = f"held-{experts}-{fit_tokens}-{tokens}-{length}-{seed}-{number}.npz"
+        parts.append(_kept(keep / name, make_held)["held"])
     return {
-        "fit": np.stack(seen),
+        "fit": made["fit"],
         "held": np.concatenate(parts, axis=1),
         "tokens": text.flatten().numpy().astype(np.int32),
         "starts": np.arange(len(text) + 1, dtype=np.int64) * length,
     }
+
+
+def _kept(file: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if file.is_file():
+        with np.load(file) as kept:
+            return dict(kept)
+    found = make()
+    part = file.with_suffix(".part.npz")
+    np.savez(part, **found)
+    part.replace(file)
+    print(f"{file.name} is made", file=sys.stderr, flush=True)
+    return found
 
 
 def _energy(strong: np.ndarray, of: np.ndarray, experts: int) -> np.ndarray:
@@ -120,7 +145,10 @@ def _energy(strong: np.ndarray, of: np.ndarray, experts: int) -> np.ndarray:
     return np.log(np.maximum(np.stack(squares, axis=1), 1e-12)).astype(np.float32)
 
 
-def routing(made: dict[str, np.ndarray], top_k: int) -> np.ndarray:
-    """The experts of each held-out token: (layers, tokens, top_k) int16."""
-    layers = [taken(held, balancing(fit, top_k), top_k) for fit, held in zip(made["fit"], made["held"], strict=True)]
+def routing(made: dict[str, np.ndarray], top_k: int, *, unbiased: bool = False) -> np.ndarray:
+    """The experts of each held-out token: (layers, tokens, top_k) int16. unbiased: however unevenly they are taken."""
+    layers = []
+    for fit, held in zip(made["fit"], made["held"], strict=True):
+        bias = np.zeros(fit.shape[1]) if unbiased else balancing(fit, top_k)
+        layers.append(taken(held, bias, top_k))
     return np.stack(layers).astype(np.int16)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What plans for serving a mixture of experts are worth, on real routing: made on one half, measured on the other.
 
-    python benchmarks/moe_plans.py [--json] [--trace FILE] [--keep DIR] [--tokens N]
+    python benchmarks/moe_plans.py [--json] [--trace FILE] [--keep DIR] [--tokens N] [--unbiased]
 
 Without --trace the routing is that of `_routing.py`: SmolLM2-135M's own FFN channels in 16 experts, on text that they
 were not made on, each token's strongest 1, 2 and 4. With --trace it is that of a carved model (`refound trace`).
@@ -9,12 +9,11 @@ were not made on, each token's strongest 1, 2 and 4. With --trace it is that of 
 """
 
 import argparse
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from _figures import figure, tell
 
 DEVICES, SLOTS, LOOK_AHEAD = 4, 5, 64
@@ -32,8 +31,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--trace", type=Path, help="a routing trace, instead of one made here")
-    parser.add_argument("--keep", type=Path, help="keep what the model computed in this file, and take it from there")
-    parser.add_argument("--tokens", type=int, default=12288, help="of text that is routed")
+    parser.add_argument("--keep", type=Path, help="keep what the model computes in this folder, and go on from there")
+    parser.add_argument(
+        "--unbiased", action="store_true", help="the strongest experts, however unevenly they are taken"
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="of text that is routed")
     return parser.parse_args(arguments)
 
 
@@ -46,17 +48,11 @@ def traces(options: argparse.Namespace) -> list[tuple[str, Any]]:
         return [(f"top {trace.top_k} of {trace.experts}", trace)]
     from _routing import energies, routing
 
-    if options.keep and options.keep.is_file():
-        with np.load(options.keep) as kept:
-            made = dict(kept)
-        print(f"taken from {options.keep}", file=sys.stderr)
-    else:
-        made = energies(tokens=options.tokens)
-        if options.keep:
-            np.savez(options.keep, **made)
+    with tempfile.TemporaryDirectory() as folder:
+        made = energies(options.keep or Path(folder), tokens=options.tokens)
     found = []
     for top_k in (1, 2, 4):
-        choice = routing(made, top_k)
+        choice = routing(made, top_k, unbiased=options.unbiased)
         trace = RoutingTrace(model="0" * 64, experts=16, choice=choice, tokens=made["tokens"], starts=made["starts"])
         found.append((f"top {top_k} of 16", trace))
     return found
@@ -71,27 +67,34 @@ def figures(name: str, trace: Any) -> list[dict[str, Any]]:
 
 
 def placement_figures(name: str, planned: Any, held: Any) -> list[dict[str, Any]]:
-    from refound.nas.serving.affinity import affinity_of, hops_of
+    """Of the placement that keeps devices about as busy as they were, and of that for fewest hops alone."""
+    from refound.nas.serving.affinity import affinity_of, hops_of, load_of
+    from refound.nas.serving.balance import balanced
     from refound.nas.serving.devices import Devices
     from refound.nas.serving.placement import capacities, contiguous, place
 
-    devices = Devices(gpus=DEVICES, memory_gb=1)
-    found = place(affinity_of(planned.choice, planned.experts), devices.distance(1.0))
-    usual = contiguous(planned.layers, capacities(planned.experts, DEVICES))
-    before, after, promised = (
-        hops_of(part.choice, device_of, devices.node_of)
-        for part, device_of in ((held, usual), (held, found.device_of), (planned, found.device_of))
-    )
-    cut, sent = 1 - after.cross_device / before.cross_device, 1 - after.messages / before.messages
-    return [
+    devices, capacity = Devices(gpus=DEVICES, memory_gb=1), capacities(planned.experts, DEVICES)
+    affinity, distance = affinity_of(planned.choice, planned.experts), devices.distance(1.0)
+    free = place(affinity, distance).device_of
+    even = balanced(free, affinity, distance, load_of(planned.choice, planned.experts), capacity)
+    usual = contiguous(planned.layers, capacity)
+    before = hops_of(held.choice, usual, devices.node_of)
+    rows = [
         figure(f"{name}: hops across 4 devices, experts in order", before.cross_device, "of all"),
-        figure(f"{name}: hops across 4 devices, placed", after.cross_device, "of all"),
-        figure(f"{name}: the same, as predicted", promised.cross_device, "of all"),
-        figure(f"{name}: hops across devices cut by", cut, "of them", ">= 0.4", cut >= 0.4),
-        figure(f"{name}: hidden states sent cut by", sent, "of them"),
         figure(f"{name}: busiest device by the mean, in order", before.imbalance, "x"),
-        figure(f"{name}: busiest device by the mean, placed", after.imbalance, "x"),
     ]
+    for how, device_of in (("placed", even), ("placed for hops alone", free)):
+        after = hops_of(held.choice, device_of, devices.node_of)
+        promised = hops_of(planned.choice, device_of, devices.node_of)
+        cut, sent = 1 - after.cross_device / before.cross_device, 1 - after.messages / before.messages
+        rows += [
+            figure(f"{name}: hops across 4 devices, {how}", after.cross_device, "of all"),
+            figure(f"{name}: the same, as predicted", promised.cross_device, "of all"),
+            figure(f"{name}: hops across devices cut by, {how}", cut, "of them", ">= 0.4", cut >= 0.4),
+            figure(f"{name}: hidden states sent cut by, {how}", sent, "of them"),
+            figure(f"{name}: busiest device by the mean, {how}", after.imbalance, "x"),
+        ]
+    return rows
 
 
 def cache_figures(name: str, held: Any) -> list[dict[str, Any]]:

@@ -106,12 +106,17 @@ def improve(start: np.ndarray, affinity: np.ndarray, distance: np.ndarray, capac
 def _assign_layer(
     device_of: np.ndarray, layer: int, affinity: np.ndarray, distance: np.ndarray, capacity: np.ndarray
 ) -> None:
+    device_of[layer] = assign(layer_costs(device_of, layer, affinity, distance), capacity)
+
+
+def layer_costs(device_of: np.ndarray, layer: int, affinity: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """What each expert of one layer costs on each device, all other layers held: (experts, devices)."""
     costs = np.zeros((device_of.shape[1], len(distance)))
     if layer > 0:
         costs += affinity[layer - 1].T @ distance[device_of[layer - 1]]
     if layer < len(device_of) - 1:
         costs += affinity[layer] @ distance[:, device_of[layer + 1]].T
-    device_of[layer] = assign(costs, capacity)
+    return costs
 
 
 def assign(costs: np.ndarray, capacity: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..moe.trace import RoutingTrace, model_sha256, read_trace
-from .affinity import affinity_of, hops_of
+from .affinity import affinity_of, hops_of, load_of
+from .balance import balanced
 from .batching import Batching, batches_of, shared_of
 from .caching import hit_rates
 from .coclusters import Coclusters, cocluster, locality_of
@@ -46,6 +47,8 @@ class Settings:
     share: float = 0.5
     """Of the sequences, to plan on."""
     seed: int = 0
+    unbalanced: bool = False
+    """Place for fewest hops alone, however busy one device gets."""
 
     def __post_init__(self) -> None:
         if self.look_ahead < 0 or self.slots < 0 or not 0 < self.share < 1:
@@ -178,16 +181,20 @@ def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda
     devices, experts = subject.devices, subject.trace.experts
     progress("placing experts by what follows what")
     affinity = affinity_of(planned.choice, experts)
-    placed = place(affinity, devices.distance(subject.sizes.hidden_bytes), seed=settings.seed)
+    distance = devices.distance(subject.sizes.hidden_bytes)
+    placed = place(affinity, distance, seed=settings.seed)
+    device_of, capacity = placed.device_of, capacities(experts, devices.count)
+    if not settings.unbalanced:
+        device_of = balanced(device_of, affinity, distance, load_of(planned.choice, experts), capacity)
     progress("grouping token ids and experts")
-    groups = cocluster(planned.choice, planned.tokens, experts, devices.count, start=placed.device_of)
+    groups = cocluster(planned.choice, planned.tokens, experts, devices.count, start=device_of)
     progress("counting routing paths")
     predictor = fit(planned.choice, planned.tokens, planned.starts, experts)
     told: dict[str, dict[str, Any]] = {
         "placement": {
-            "plan": {"device_of": placed.device_of.tolist(), "devices": devices.count},
-            "optimal": placed.is_optimal,
-            **_both(lambda part: _judge_placement(part, placed.device_of, devices), planned, held),
+            "plan": {"device_of": device_of.tolist(), "devices": devices.count, "balanced": not settings.unbalanced},
+            "optimal": placed.is_optimal and bool((device_of == placed.device_of).all()),
+            **_both(lambda part: _judge_placement(part, device_of, devices), planned, held),
         },
         "coclusters": {
             "plan": {
@@ -225,7 +232,7 @@ def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda
         "devices": dataclasses.asdict(devices),
     }
     return Plans(
-        placement=placed.device_of,
+        placement=device_of,
         coclusters=groups,
         predictor=predictor,
         batching=settings.batching,

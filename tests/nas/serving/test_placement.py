@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refound.nas.serving.affinity import affinity_of, hops_of, load_of
+from refound.nas.serving.balance import balanced, limits_of
 from refound.nas.serving.devices import Devices
 from refound.nas.serving.errors import PlanError
 from refound.nas.serving.placement import (
@@ -91,6 +92,33 @@ def test_a_large_placement_cuts_hops_on_tokens_it_has_not_seen() -> None:
     assert after.cross_device < 0.5 * before.cross_device
     assert after.cross_node < 0.5 * before.cross_node
     assert after.messages < before.messages
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.sampled_from([(1, 4), (2, 2), (1, 3)]))
+def test_no_device_gets_busier_than_it_may(seed: int, shape: tuple[int, int]) -> None:
+    """Routing where a few experts are taken most."""
+    draw = np.random.default_rng(seed)
+    share = draw.dirichlet(np.full(8, 0.3))
+    experts = np.stack([draw.permutation(8)[draw.choice(8, (60, 1), p=share)] for _ in range(3)])
+    devices = Devices(nodes=shape[0], gpus=shape[1], memory_gb=1)
+    capacity, distance = capacities(8, devices.count), devices.distance(1.0)
+    affinity, load = affinity_of(experts, 8), load_of(experts, 8)
+    free = sweep(affinity, distance, capacity, starts=3).device_of
+    found, usual = balanced(free, affinity, distance, load, capacity), contiguous(3, capacity)
+    assert cost_of(free, affinity, distance) <= cost_of(found, affinity, distance) + 1e-9
+    assert cost_of(found, affinity, distance) <= cost_of(usual, affinity, distance) + 1e-9
+    for row, tokens, limit in zip(found, load, limits_of(load, capacity), strict=True):
+        assert np.bincount(row, minlength=len(capacity)).tolist() == capacity.tolist()
+        assert np.bincount(row, weights=tokens).max() <= limit
+
+
+def test_balance_costs_little_where_work_is_even() -> None:
+    experts, _ = chained(layers=6, experts=32, tokens=4000, faith=0.8, seed=1)
+    affinity, load, capacity = affinity_of(experts, 32), load_of(experts, 32), capacities(32, 4)
+    free = place(affinity, FLAT)
+    even = balanced(free.device_of, affinity, FLAT, load, capacity)
+    assert cost_of(even, affinity, FLAT) <= 1.05 * free.cost
 
 
 def test_hops_by_hand() -> None:
