@@ -7,7 +7,7 @@ give silently wrong answers for a few layouts; those are refused here, with the 
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .errors import ExportUsageError
@@ -114,7 +114,7 @@ _ALL_FORMS: tuple[Form, ...] = ("uniform", "nemotron-nas", "per_layer_config")
 _MULT_ONLY = "it reads ffn_mult only, which says multiples of 256"
 
 _NO_HEADS = _no("it has no such heads", "source")
-_FORMLESS = _zero("its exporter builds layers that are all alike", "source")
+_FORMLESS = _zero("its exporter builds layers that are all alike", "test")
 _LINEAR_FORMLESS = _no("its exporter knows no such subblock", "source")
 _ALIKE_ONLY = {
     "kv heads a layer": _FORMLESS,
@@ -129,10 +129,8 @@ _ALIKE_ONLY = {
     "linear ffn": _LINEAR_FORMLESS,
 }
 _NO_GRAPH_WINDOWS = _no("windows were not tried", "source")
-_PROVEN_FORMLESS = replace(_FORMLESS, proof="test")
 _NO_ONNX_EXPERTS = _no("its builder does not know that architecture", "source")
 _NO_ONNX = {
-    **{name: _PROVEN_FORMLESS for name, rule in _ALIKE_ONLY.items() if rule is _FORMLESS},
     "window": _no("it fails as soon as the window is full (GroupQueryAttention and the size of its cache)"),
     "window, some layers": _TESTED,
     "mixtral": _NO_ONNX_EXPERTS,
@@ -212,7 +210,15 @@ ENGINES: dict[str, Engine] = {
         tried="2026.4.1",
         layout="openvino",
         families=dict.fromkeys(_DENSE, "test"),
-        rules=_rules("source", _ALIKE_ONLY | {"window": _NO_GRAPH_WINDOWS, "window, some layers": _NO_GRAPH_WINDOWS}),
+        rules=_rules(
+            "source",
+            {
+                **_ALIKE_ONLY,
+                **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _TESTED),
+                "window": _NO_GRAPH_WINDOWS,
+                "window, some layers": _NO_GRAPH_WINDOWS,
+            },
+        ),
         forms=("uniform",),
         extras={"lora": _no("adapters are not run beside a model in its driver", "source"), "medusa": _NO_HEADS},
         ropes=("default", "linear", "llama3"),
