@@ -17,7 +17,7 @@ from .convert import WEIGHT_FILES
 from .engines import ENGINES
 from .environments import engines_root
 from .errors import ExportUsageError
-from .forms import directory_needs_code
+from .own_code import own_code
 from .proof import Prompts, run_engine
 from .search import Run, Settings, search
 
@@ -83,10 +83,11 @@ def bench(config: BenchConfig, progress: Callable[[str], None]) -> list[Measured
     """Measure; the best comes first.
 
     Raises:
-        ExportError: EngineMissingError if the engine is not installed, ProofError if it does not run the model.
+        ExportError: EngineMissingError if the engine is not installed, ProofError if it does not run the model,
+            ExportUsageError if the model brings code that is not refound's own.
     """
     cpus, size_bytes = len(os.sched_getaffinity(0)), model_bytes(config.model)
-    trust = (config.model,) if directory_needs_code(config.model) else ()
+    trust = own_code(config.model)
     prompts = Prompts(ids=_prompts(config.batch, config.length), text=())
     found: list[Measured] = []
 

@@ -129,7 +129,7 @@ def read_decoder(path: Path) -> Decoder:
     config = path / "config.json"
     if not config.is_file():
         raise ModelDirectoryError(f"{path} is not a model directory: it has no config.json{_nearby(path)}")
-    return read_config(_json(config))
+    return read_config(read_json(config))
 
 
 def open_directory(path: Path, *, tokenizer: bool = True) -> ModelDirectory:
@@ -199,7 +199,7 @@ def read_header(file: Path) -> dict[str, Stored]:
 def _weight_files(path: Path) -> list[Path]:
     index = path / INDEX
     if index.is_file():
-        listed = _json(index).get("weight_map")
+        listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise ModelDamageError(f"{index} has no weight_map")
         files = [path / name for name in sorted(set(listed.values()))]
@@ -267,7 +267,8 @@ def _equal(tensors: dict[str, Stored], one: str, other: str) -> bool:
     return bool((found[0] == found[1]).all())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelDamageError if the file cannot be read, or holds something else."""
     try:
         found = json.loads(path.read_text())
     except (ValueError, OSError) as error:

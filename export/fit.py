@@ -70,7 +70,7 @@ def check_fit(decoder: Decoder, name: str, form: Form | None = None) -> list[Fin
 
 def form_for(decoder: Decoder, name: str) -> Form | None:
     """The form that the engine is given: the first that fits, or else the first it knows. None: it knows none."""
-    known = [form for form in forms_of(decoder) if form in ENGINES[name].forms]
+    known: list[Form] = [form for form in forms_of(decoder) if form in ENGINES[name].forms]
     fitting = (form for form in known if all(finding.exact for finding in check_fit(decoder, name, form)))
     return next(fitting, known[0] if known else None)
 

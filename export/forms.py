@@ -5,7 +5,6 @@
 several engines as they are, and as `deci` in GGUF. `per_layer_config`: blocks of other families that differ.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from . import per_layer
 from .architecture import Decoder
 from .configs import NEMOTRON, uniform_obstacles, write_config, write_nemotron, write_per_layer
+from .directory import read_json
 
 Form = Literal["uniform", "nemotron-nas", "per_layer_config"]
 
@@ -24,6 +24,8 @@ REMOTE_FILES: dict[Form, tuple[str, ...]] = {
 }
 """The modelling code that transformers needs for it, and is asked to trust."""
 _REMOTE = Path(__file__).parent / "remote"
+OWN_FILES = tuple(_REMOTE / name for names in REMOTE_FILES.values() for name in names)
+"""All of them, as they are in refound."""
 _WRITERS = {"uniform": write_config, "nemotron-nas": write_nemotron, "per_layer_config": write_per_layer}
 
 
@@ -63,4 +65,5 @@ def needs_code(raw: Mapping[str, Any]) -> bool:
 
 
 def directory_needs_code(path: Path) -> bool:
-    return path.is_dir() and needs_code(json.loads((path / "config.json").read_text()))
+    """The same of a directory. Raises ModelDamageError if its configuration cannot be read."""
+    return path.is_dir() and needs_code(read_json(path / "config.json"))

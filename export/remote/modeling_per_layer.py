@@ -6,7 +6,7 @@ layers, so this follows its transformers. Needs one that knows `per_layer_config
 """
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class PerLayerDecoderLayer(Qwen2DecoderLayer):
         skip = getattr(own, "skip", [])
         if config.layer_types is None or config.layer_types[layer] != "sliding_attention":
             own.sliding_window = None  # Mistral's attention asks for it whatever the layer's type
-        super().__init__(own, cache_index)
+        super().__init__(cast(Any, own), cache_index)
         attention, ffn = BLOCKS[config.blocks]
         # what has no weights has no norm either
         if "self_attn" in skip:
@@ -89,7 +89,7 @@ class PerLayerModel(Qwen2Model, PerLayerPreTrainedModel):
             for index in range(config.num_hidden_layers)
         )
         self.norm = Qwen2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen2RotaryEmbedding(config=config)
+        self.rotary_emb = Qwen2RotaryEmbedding(config=cast(Any, config))
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in (config.layer_types or [])
         self.post_init()

@@ -15,7 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from refound.export import bench, search
-from refound.export.errors import ExportUsageError
+from refound.export.errors import ExportUsageError, ModelDamageError
+from refound.export.forms import copy_remote
+from refound.export.own_code import own_code
+from refound.export.plugin import WHEEL, write_plugin
 
 from .models import decoder, write_model
 
@@ -97,6 +100,40 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
         bench.model_bytes(tmp_path)
     with pytest.raises(ExportUsageError, match="length, batch must be at least 1"):
         bench.BenchConfig(model=tmp_path, engine="vllm", length=0, batch=0)
+
+
+def test_code_that_is_not_ours_is_never_run(tmp_path: Path) -> None:
+    """Neither what was changed or added beside a model, nor what its configuration has from elsewhere."""
+    path = write_model(tmp_path / "model", decoder("llama", layers=2))
+    assert own_code(path) == ()
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | {"model_type": "nemotron-nas"}))
+    copy_remote(path)
+    write_plugin(path)
+    assert own_code(path) == (path,)
+    for name, text in (("modeling_decilm.py", "import os"), ("more.py", ""), ("below/deep.py", "")):
+        file = path / name
+        before = file.read_text() if file.exists() else None
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        with pytest.raises(ExportUsageError, match=f"not what refound writes.*{name}"):
+            own_code(path)
+        if before is None:
+            file.unlink()
+        else:
+            file.write_text(before)
+    wheel = path / WHEEL
+    wheel.write_bytes(wheel.read_bytes() + b"x")
+    with pytest.raises(ExportUsageError, match="whl"):
+        own_code(path)
+    write_plugin(path)
+    named = {"auto_map": {"AutoModelForCausalLM": "somebody/else--modeling.Model"}}
+    (path / "config.json").write_text(json.dumps(raw | {"model_type": "nemotron-nas"} | named))
+    with pytest.raises(ExportUsageError, match="somebody/else"):
+        own_code(path)
+    (path / "config.json").write_text("[]")
+    with pytest.raises(ModelDamageError, match="holds no JSON object"):
+        own_code(path)
 
 
 def test_a_real_measurement(tmp_path: Path) -> None:
