@@ -71,14 +71,19 @@ def check_fit(decoder: Decoder, name: str, form: Form | None = None) -> list[Fin
 def form_for(decoder: Decoder, name: str) -> Form | None:
     """The form that the engine is given: the first that fits, or else the first it knows. None: it knows none."""
     known: list[Form] = [form for form in forms_of(decoder) if form in ENGINES[name].forms]
-    fitting = (form for form in known if all(finding.exact for finding in check_fit(decoder, name, form)))
-    return next(fitting, known[0] if known else None)
+    for form in known:
+        if all(finding.exact for finding in check_fit(decoder, name, form)):
+            return form
+    return known[0] if known else None
 
 
 def final_form(decoder: Decoder, engines: tuple[str, ...]) -> Form:
     """The form that a decoder is written in once it is adapted to these engines."""
     forms = forms_of(decoder)
-    return next((form for form in forms if not _changes(decoder, engines, form)), forms[0])
+    for form in forms:
+        if not _changes(decoder, engines, form):
+            return form
+    return forms[0]
 
 
 def _changes(decoder: Decoder, engines: tuple[str, ...], form: Form) -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the modelling code beside a model is refound's own. No other is ever run.
 
-A directory that was downloaded may bring any code, and its configuration may name more on the Hub; engines that are told
-to trust it run all of that.
+A directory that was downloaded may bring any code, and its configuration may name more on the Hub; engines that are
+told to trust it run all of that.
 """
 
 import tempfile
