@@ -151,7 +151,7 @@ def test_the_same_run_is_done_once(trained: tuple[CarveConfig, Any]) -> None:
         run_carve(replace(wanted, seed=1), quiet)
 
 
-@pytest.mark.parametrize("at", ["splits", "gates", "step 7"])
+@pytest.mark.parametrize("at", [pytest.param("splits", marks=pytest.mark.campaign), "gates", "step 7"])
 def test_cut_off_it_goes_on_to_the_same_bytes(trained: tuple[CarveConfig, Any], tmp_path: Path, at: str) -> None:
     wanted, _ = trained
 
