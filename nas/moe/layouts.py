@@ -6,7 +6,7 @@ it if every expert counts once. Routers count otherwise, and the down projection
 
 - weights of the top k that sum to 1 (Mixtral; Qwen-MoE with norm_topk_prob): equal gates give 1/k each, so down · k;
 - weights out of a softmax over all E (Qwen2-MoE as llama.cpp reads it, whatever norm_topk_prob says): 1/E, so down · E;
-- a shared expert behind a sigmoid (Qwen2-MoE): a gate of zeros gives 1/2, so its down · 2.
+- a shared expert behind a sigmoid (Qwen2-MoE): a gate of almost zeros gives 1/2, so its down · 2.
 
 Upcycled, equal copies stand in a token's top k together, and their weights must sum to the same whatever the gates say:
 only weights that sum to 1 do that. Multiplying by a power of two is exact in every type of numbers.

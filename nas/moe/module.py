@@ -61,7 +61,7 @@ class Mixture:
         if missing:
             matrices = [functional.pad(m, (0, missing) if m is matrices[2] else (0, 0, 0, missing)) for m in matrices]
         named = {f"{moe.shared.format(name)}.weight": m for name, m in zip(_SHARED, matrices, strict=True)}
-        gate = torch.zeros_like(self.router[:1]) if self.shared_gate is None else self.shared_gate
+        gate = half_gate(self.router.shape[1]).to(self.router) if self.shared_gate is None else self.shared_gate
         return named | {moe.shared_gate: gate}
 
     @staticmethod
@@ -81,6 +81,15 @@ class Mixture:
         )
 
 
+def half_gate(hidden: int) -> torch.Tensor:
+    """A gate whose sigmoid is 1/2 for every token, to less than float32 shows: (1, hidden).
+
+    Not of zeros: llama.cpp computes sigmoid(x) as silu(x) / x, which has no value at 0. 2^-24 is the least of float16.
+    """
+    signs = 1 - 2 * (torch.arange(hidden) % 2)
+    return signs[None] * 2.0**-24
+
+
 class MoeFFN(nn.Module):
     """In the place of an FFN. `balance` is the load-balancing loss of the last pass that gradients were wanted of."""
 
@@ -92,7 +101,7 @@ class MoeFFN(nn.Module):
         self.gate, self.up = nn.Parameter(weights.gate), nn.Parameter(weights.up)
         self.down = nn.Parameter(weights.down)
         needed = self.shared and weights.shared_gate is None
-        shared_gate = torch.zeros_like(weights.router[:1]) if needed else weights.shared_gate
+        shared_gate = half_gate(weights.router.shape[1]).to(weights.router) if needed else weights.shared_gate
         self.shared_gate = None if shared_gate is None else nn.Parameter(shared_gate)
         self.balance: torch.Tensor | None = None
         self.forced: torch.Tensor | None = None
