@@ -134,9 +134,9 @@ class Contender(Cluster):
         return now_s
 
 
-def measure(name: str, width: int) -> dict[str, float]:
+def measure(name: str, width: int, kind: type[Contender] = Contender) -> dict[str, float]:
     """Seconds to the first new step after a worker kill and after a node loss."""
-    with tempfile.TemporaryDirectory() as folder, Contender(name, Path(folder), width) as cluster:
+    with tempfile.TemporaryDirectory() as folder, kind(name, Path(folder), width) as cluster:
         cluster.start()
         cluster.await_steps(0.0, STEPS_BETWEEN)
         seconds = {}
