@@ -190,7 +190,10 @@ class Referee:
             for child in (node.smp, node.worker):
                 if child is not None and not child.is_silent:
                     said[child.sock.fileno()] = (node, child)
-        for fd in select.select(list(said), [], [], _TICK_S)[0]:
+        poll = select.poll()
+        for fd in said:
+            poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll(_TICK_S * 1000):
             node, child = said[fd]
             if child not in (node.smp, node.worker):
                 continue  # a fault has just taken it away

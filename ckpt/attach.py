@@ -5,7 +5,6 @@ import fcntl
 import hmac
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from . import wire
 from .agreement import NodeView
 from .client import Client
 from .conf import PluginConfig
@@ -206,7 +206,7 @@ def _start(job: str, node: str, address: str, conf: PluginConfig, path: Path) ->
                 pass_fds=(write_fd,),
             )
         os.close(write_fd)
-        ready, _, _ = select.select([read_fd], [], [], _START_TIMEOUT.total_seconds())
+        ready = wire.is_readable(read_fd, _START_TIMEOUT)
         if not ready or os.read(read_fd, 5) != b"ready":
             process.kill()  # which has happened already unless it hangs
             process.wait()

@@ -5,6 +5,7 @@ Every caller must be the same user (the kernel says who it is) and name the same
 out through this socket and nowhere else.
 """
 
+import contextlib
 import os
 import socket
 import threading
@@ -66,6 +67,12 @@ class Door:
 
     def start(self) -> None:
         threading.Thread(target=self._accept, name="door", daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections; those that are there go on."""
+        with contextlib.suppress(OSError):  # nobody may be waiting for any
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
     def _accept(self) -> None:
         accept_forever(self._listener, self._serve)

@@ -16,12 +16,14 @@ def accept_forever(listener: socket.socket, serve: Callable[..., None]) -> None:
     """Call `serve(socket, address)` in a thread for each connection.
 
     Where descriptors or threads have run out, callers wait or are turned away until there are some again: a process
-    that stopped listening would hold memory that nobody can reach.
+    that stopped listening would hold memory that nobody can reach. Returns when the listener has been closed.
     """
     while True:
         try:
             sock, address = listener.accept()
         except OSError:
+            if listener.fileno() < 0:
+                return
             time.sleep(_PAUSE.total_seconds())
             continue
         _serve_in_thread(sock, address, serve)

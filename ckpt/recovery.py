@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from .wire import Message
 
 _IN_FLIGHT_A_NODE = 2
 _DAMAGE_RETRIES = 3
+_NEWS = timedelta(seconds=10)
 _TRIES = 2
 """Memory may go bad between a bucket's arrival and its proof; what comes out wrong twice was wrong before."""
 
@@ -63,8 +65,11 @@ class Recovery:
         except (SnapshotError, MemoryError) as error:
             trouble = as_snapshot_error(error)
             with keeper.changed:
-                if keeper.committed != self._held.id:
-                    return  # a newer snapshot is committed: this one is no longer needed, here or elsewhere
+                if self._is_restored():
+                    # The others drop what they held as soon as a newer one is committed: word of it may be on its way.
+                    keeper.changed.wait_for(self._is_outdated, timeout=_NEWS.total_seconds())
+                if self._is_outdated():
+                    return  # this snapshot is no longer needed, here or elsewhere, or the next generation decides anew
                 keeper.trouble = trouble
                 keeper.changed.notify_all()
             keeper.event("trouble", error=str(trouble))
@@ -75,6 +80,13 @@ class Recovery:
                 keeper.busy -= 1
                 keeper.on_seal.remove(self._peers.close)
                 keeper.changed.notify_all()
+
+    def _is_restored(self) -> bool:
+        """Whether the workers have their data, so that newer snapshots may come."""
+        return bool(self._keeper.restored and "seconds" in self._keeper.restored)
+
+    def _is_outdated(self) -> bool:
+        return self._keeper.committed != self._held.id or not self._keeper.is_open
 
     # --- what was there ----------------------------------------------------------------------------------------
 

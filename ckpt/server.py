@@ -78,6 +78,12 @@ class PeerServer:
     def start(self) -> None:
         threading.Thread(target=self._accept, name="peers", daemon=True).start()
 
+    def close(self) -> None:
+        """Take no more connections; those that are there go on."""
+        with contextlib.suppress(OSError):  # it may have been closed already
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
     def _accept(self) -> None:
         accept_forever(self._listener, self._serve)
 

@@ -10,7 +10,6 @@ third step. A worker for which none is ready starts cold.
 """
 
 import contextlib
-import select
 import socket
 import subprocess
 import sys
@@ -64,7 +63,7 @@ class Spare:
         """Wait until it has imported everything. False if it has died, or takes too long."""
         deadline = time.monotonic() + _READY_WITHIN.total_seconds()
         while not closed.is_set() and time.monotonic() < deadline:
-            if select.select([self._sock], [], [], _LOOK_EVERY.total_seconds())[0]:
+            if wire.is_readable(self._sock.fileno(), _LOOK_EVERY):
                 with contextlib.suppress(OSError):
                     wire.receive(self._sock)
                     self.is_ready = True

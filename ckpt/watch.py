@@ -9,11 +9,11 @@ Where no other node could give it back (no parity) it is complained about, and k
 
 import contextlib
 import os
-import select
 import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from . import wire
@@ -79,8 +79,8 @@ class Watch:
 
     def _await_answer(self, client: Client, fd: int) -> None:
         """On this one connection: a stopped process accepts no others, and a queue of them would fill up."""
-        asked_at, complained = time.monotonic(), False
-        while not self._stopped.is_set() and not select.select([client.sock], [], [], self._heartbeat_s / _BEATS)[0]:
+        asked_at, complained, beat = time.monotonic(), False, timedelta(seconds=self._heartbeat_s / _BEATS)
+        while not self._stopped.is_set() and not wire.is_readable(client.sock.fileno(), beat):
             silent_s = time.monotonic() - asked_at
             if silent_s <= self._heartbeat_s * _PATIENCE:
                 continue

@@ -12,9 +12,11 @@ import hashlib
 import hmac
 import json
 import os
+import select
 import socket
 import struct
 import zlib
+from datetime import timedelta
 from typing import Any
 
 from .errors import ProtocolError
@@ -33,6 +35,13 @@ _MAC_BYTES = 32
 _MAX_FDS = 4
 
 Message = dict[str, Any]
+
+
+def is_readable(fd: int, timeout: timedelta) -> bool:
+    """Wait until something can be read, or the other side has gone. Unlike `select`, for any number of open files."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout.total_seconds() * 1000))
 
 
 def send(sock: socket.socket, message: Message, body: bytes | memoryview = b"", fds: list[int] | None = None) -> None:

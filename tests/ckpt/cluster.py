@@ -110,9 +110,11 @@ class Node:
         return segment.array
 
     def die(self) -> None:
-        """Everything it held is gone."""
+        """Everything it held is gone, and nobody listens."""
         keeper = self.keeper
         keeper.seal()
+        self.process._server.close()
+        self.process._door.close()
         with keeper.changed:
             held = keeper.in_memory()
             segments = [s for h in held for s in (*h.shards.values(), *h.parity, *h.handed_on)]
