@@ -88,13 +88,16 @@ class MedusaLoss:
         with torch.no_grad():
             targets = _final(self.teacher, ids)[:, first:] if settings.joint else states
         total = torch.zeros((), dtype=states.dtype)
+        output = self.model.lm_head.weight
+        # the heads that use the model's own matrix move it with the model only, not before
+        shared = output if together else output.detach()
         for number, head in enumerate(self.part.each()):
-            weight = self.model.lm_head.weight if head.output is None else head.output
+            weight = shared if head.output is None else head.output
             found = self._head(head(states[:, : -1 - number]), weight, targets[:, 1 + number :], ids, 1 + number)
             total = total + settings.decay**number * found
         if not together:
             return total
-        return self._head(states, self.model.lm_head.weight, targets, ids, 0) + settings.joint_weight * total
+        return self._head(states, output, targets, ids, 0) + settings.joint_weight * total
 
     def _head(
         self, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, ahead: int
@@ -103,8 +106,6 @@ class MedusaLoss:
         count = states.shape[1]
         labels = torch.full((len(ids), count), -100)
         labels[:, :-1] = ids[:, ids.shape[1] - count + 1 :]
-        if not weight.requires_grad:
-            weight = weight.detach()
         loss, _, _ = head_loss(
             states.flatten(0, 1),
             weight,

@@ -120,9 +120,16 @@ def test_trained_together_the_model_moves_a_little_and_has_its_own_heads(base: P
     assert len(heads.heads[0].weights) == 2 and heads.heads[0].output is not None
     with pytest.raises(HeadsMismatchError, match="Medusa-2"):
         open_medusa(tmp_path / "out", open_blocks(base))
-    late = replace(settings, joint_after=1.0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_while_heads_are_trained_alone_the_model_stays_as_it_is(shared: bool, tied: bool, tmp_path: Path) -> None:
+    """Its output matrix too, which the heads use, and its embedding where the two are one."""
+    base = write_model(tmp_path / "model", decoder(layers=1, tied=tied))
+    late = replace(SETTINGS, tokens=384, measured=0, joint=True, joint_lr=1e-2, joint_after=1.0, shared=shared)
     run_heads(config(base, tmp_path / "late", late), quiet)
-    kept = load_file(tmp_path / "late" / "base" / "model.safetensors")
+    before, kept = (load_file(path / "model.safetensors") for path in (base, tmp_path / "late" / "base"))
     assert all(torch.equal(before[name], kept[name]) for name in before)
 
 
