@@ -4,8 +4,8 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,23 @@ def config(base: Path, out: Path, settings: MedusaSettings = SETTINGS) -> HeadsC
 def quiet(_: str) -> None: ...
 
 
+def killed_after(config: HeadsConfig, step: int) -> None:
+    """A process of its own that gets SIGKILL once it has said that this step is done."""
+
+    def progress(line: str) -> None:
+        if line.startswith(f"step {step} "):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        try:
+            run_heads(config, progress)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 def test_untrained_heads_say_what_the_model_says(base: Path, tmp_path: Path) -> None:
     run_heads(config(base, tmp_path / "out", replace(SETTINGS, tokens=0, measured=0)), quiet)
     heads, _ = open_medusa(tmp_path / "out", open_blocks(base))
@@ -89,20 +106,15 @@ def test_heads_learn_and_greedy_tokens_stay_the_models_own(base: Path, trained: 
 
 def test_a_killed_training_ends_with_the_same_bytes(base: Path, trained: Path, tmp_path: Path) -> None:
     told = {"tokens", "length", "batch", "lr", "prompt", "held_out", "heads", "save_every", "measured", "nodes"}
-    command = [sys.executable, "-m", "refound", "heads", str(base), "--kind", "medusa", "--out", str(tmp_path / "out")]
+    command = ["heads", str(base), "--kind", "medusa", "--out", str(tmp_path / "out")]
     for key in sorted(told | {"new_tokens"}):
         command += ["--set", f"{key}={getattr(SETTINGS, key)}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith("step 7 "):  # a state of step 6 is on disk
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "out").exists()
-    said: list[str] = []
-    run_heads(config(base, tmp_path / "out"), said.append)
-    assert said[0] == "going on from step 6 of 16"  # own text is there already, and is not said again
+    killed_after(config(base, tmp_path / "out"), 7)  # a state of step 6 is on disk
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    # own text is there already, and is not said again
+    assert done.stderr.splitlines()[0] == "going on from step 6 of 16"
     whole, killed = (path / "heads" / "model.safetensors" for path in (trained, tmp_path / "out"))
     assert whole.read_bytes() == killed.read_bytes()
     assert [path.name for path in tmp_path.glob(".*.state")] == []
