@@ -183,8 +183,24 @@ class HeadsConfig:
             problems.append(f"these are no settings of {self.kind}")
         if not self.sources:
             problems.append("name at least one text")
+        problems += self._overwritten()
         if problems:
             raise HeadsUsageError("; ".join(problems))
+
+    def _overwritten(self) -> list[str]:
+        """What is read is not what may be replaced, nor in it."""
+        read = {
+            "the model": self.model,
+            "what the model says (--texts)": self.texts,
+            "the draft's start": getattr(self.settings, "start", ""),
+        }
+        read |= {f"the text {source}": source for source in self.sources if Path(source).is_file()}
+        out = self.out.resolve()
+        return [
+            f"{what} is in {self.out}, where the result would take its place; name another --out"
+            for what, place in read.items()
+            if place and out in (Path(place).resolve(), *Path(place).resolve().parents)
+        ]
 
 
 def read_settings(kind: str, settings: Sequence[str]) -> Training:
