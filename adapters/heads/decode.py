@@ -65,8 +65,8 @@ class Acceptance(Protocol):
 class Stopper(Protocol):
     """What ends a text before it is long enough."""
 
-    def start(self) -> None:
-        """A new text."""
+    def start(self, states: torch.Tensor) -> None:
+        """A new text. states: (tokens, hidden) of the prompt's tokens but the last, which may be none."""
         ...
 
     def first(self, states: torch.Tensor) -> int | None:
@@ -208,9 +208,12 @@ def decode(
     began = time.perf_counter()
     with torch.inference_mode():
         model.reset()
-        state = model.run(prompt, range(-1, len(prompt) - 1))[-1]
+        read = model.run(prompt, range(-1, len(prompt) - 1))
         model.keep(range(len(prompt)))
-        stopped = _stops(stopper, state[None], begins=True) is not None
+        state = read[-1]
+        if stopper is not None:
+            stopper.start(read[:-1])
+        stopped = _stops(stopper, read[-1:]) is not None
         tokens += [] if stopped else [rule.first(model.logits(state))]
         drafter.start(model, prompt)
         prompted = time.perf_counter()
@@ -239,12 +242,8 @@ def decode(
     )
 
 
-def _stops(stopper: Stopper | None, states: torch.Tensor, *, begins: bool = False) -> int | None:
-    if stopper is None:
-        return None
-    if begins:
-        stopper.start()
-    return stopper.first(states)
+def _stops(stopper: Stopper | None, states: torch.Tensor) -> int | None:
+    return None if stopper is None else stopper.first(states)
 
 
 def _shallow(proposal: Proposal, depth: int) -> tuple[Tree, Sequence[int]]:

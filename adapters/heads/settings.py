@@ -144,7 +144,8 @@ class ExitSettings(Training):
     """… with so much confidence over the held-out text that thresholds are chosen by."""
     useful: int = 2
     """A continuation of fewer right tokens is useless, to whom types the text; what `stop` is trained to foresee."""
-    guesses: int = 4
+    guesses: int = 0
+    """Tokens guessed in a row; 0: what is predicted to be fastest on this machine, up to 8."""
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -152,8 +153,8 @@ class ExitSettings(Training):
             found.append(f"gate is {self.gate!r}, none of mlp, gru, ssm")
         if not (0 < self.risk < 1 and 0 < self.confidence < 1):
             found.append("risk and confidence lie between 0 and 1")
-        if self.width < 0 or self.gate_width < 1 or self.useful < 1 or self.guesses < 1:
-            found.append("width is not negative; gate_width, useful and guesses are at least 1")
+        if min(self.width, self.guesses) < 0 or min(self.gate_width, self.useful) < 1:
+            found.append("width and guesses are not negative; gate_width and useful are at least 1")
         if any(layer < 1 for layer in self.layers):
             found.append(f"layers are {self.layers}; an exit is after at least one layer")
         return found

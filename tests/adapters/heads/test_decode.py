@@ -16,6 +16,7 @@ from refound.adapters.heads.decode_lookup import LookupDraft
 from refound.adapters.heads.decode_medusa import MedusaDraft
 from refound.adapters.heads.decode_self import SelfDraft
 from refound.adapters.heads.decode_tree import Shape, Tree, best_shape, chain
+from refound.adapters.heads.draft import final_states
 from refound.adapters.heads.errors import HeadsMismatchError, HeadsUsageError
 from refound.adapters.heads.gates import GateStopper, make_gate
 from refound.distill.models import build, load, open_blocks
@@ -198,18 +199,10 @@ def test_a_text_stops_at_the_same_token_however_it_is_decoded(kind: str, prompt:
     """A gate that is random, and sure at one token in three or so."""
     torch.manual_seed(seed)
     of, gate = model(), make_gate(kind, 64, 8).double()
-    scores: list[float] = []
-
-    class Recording:
-        def start(self) -> None:
-            self.state = None
-
-        def first(self, states: torch.Tensor) -> int | None:
-            for state in states:
-                score, self.state = gate(state[None, None], self.state)
-                scores.append(float(score.sigmoid()))
-
-    plain = decode(of, prompt, NoDraft(), new_tokens=NEW, stopper=Recording())
+    plain = decode_plain(of, prompt, new_tokens=NEW)
+    with torch.no_grad():  # as thresholds are chosen: over the whole text, the prompt with it
+        states = final_states(of.model, torch.tensor([[*prompt, *plain.tokens[:-1]]]))
+        scores = gate(states)[0].sigmoid()[0, len(prompt) - 1 :].tolist()
     threshold = sorted(scores)[-len(scores) // 3]
     at = next(index for index, score in enumerate(scores) if score >= threshold)
     stopper = GateStopper(gate, threshold - 1e-9)
