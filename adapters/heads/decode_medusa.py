@@ -47,6 +47,7 @@ class MedusaDraft:
                 f"these heads' output is {list(found)} and the model's {list(wanted)}: they were trained on another "
                 "model. Train heads for this one: refound heads MODEL --kind medusa"
             )
+        self._heads = self._heads.to(model.dtype)
 
     def propose(self, tokens: Sequence[int], state: torch.Tensor, room: int) -> Proposal:
         if not self._most or room < 2:

@@ -18,9 +18,9 @@ from .cached import CachedModel
 from .calibrate import Threshold, choose_threshold, grid
 from .decode_self import ExitHead, SelfDraft
 from .errors import HeadsMismatchError
-from .exits import ExitLoss, ExitPart, Seen, exit_layers, leaving, look, stopping
+from .exits import ExitLoss, ExitPart, Seen, evaluate, exit_layers, leaving, stopping
 from .job import Job, Outcome, predicted
-from .measure import at, pass_seconds, seconds_of
+from .measure import interpolate, pass_seconds, seconds_of
 from .record import read_record, save_heads
 from .runs import expected_of_chain, run_lengths
 from .settings import ExitSettings, HeadsConfig
@@ -60,7 +60,7 @@ def _saved(job: Job, model: DeciLMForCausalLM, part: ExitPart, held_out: torch.T
     settings = cast(ExitSettings, job.config.settings)
     first = settings.prompt - 1 if settings.own else 0
     job.progress("calibrating exits on held-out text")
-    seen = look(part, model, held_out)
+    seen = evaluate(part, model, held_out)
     thresholds = calibrated(seen, settings, first)
     cached = CachedModel(model)
     trained, bare = _choices(cached, part, seen, settings.guesses, first)
@@ -160,7 +160,7 @@ def choose_exit(
         for count in [guesses] if guesses else range(1, _MOST + 1):
             expected = 1 + expected_of_chain(run_lengths(places, count))
             # every node passes the first layers alone, and the others together
-            took = count * guess_s[layer] + share * pass_s[1] + (1 - share) * at(pass_s, count + 1)
+            took = count * guess_s[layer] + share * pass_s[1] + (1 - share) * interpolate(pass_s, count + 1)
             found.append(Choice(layer=layer, guesses=count, predicted=predicted(expected, took, pass_s[1])))
     return max(found, key=lambda one: one.predicted["speedup"])
 

@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from ...distill.chunked import HeadLoss, head_loss
-from ...distill.models import DeciLMForCausalLM, positions_of, states_of
+from ...distill.models import DeciLMForCausalLM
 from ...export.medusa import MedusaHead, MedusaHeads
 from .decode import pick
 from .decode_medusa import head_logits
 from .settings import MedusaSettings
+from .states import final_states
 
 
 class Head(nn.Module):
@@ -84,9 +85,9 @@ class MedusaLoss:
         first = settings.prompt - 1 if settings.own else 0
         together = settings.joint and share >= settings.joint_after
         with torch.set_grad_enabled(together):
-            states = _final(self.model, ids)[:, first:]
+            states = final_states(self.model, ids)[:, first:]
         with torch.no_grad():
-            targets = _final(self.teacher, ids)[:, first:] if settings.joint else states
+            targets = final_states(self.teacher, ids)[:, first:] if settings.joint else states
         total = torch.zeros((), dtype=states.dtype)
         output = self.model.lm_head.weight
         # the heads that use the model's own matrix move it with the model only, not before
@@ -117,11 +118,6 @@ class MedusaLoss:
         return loss
 
 
-def _final(model: DeciLMForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """(batch, length, hidden) after the last norm."""
-    return model.model.norm(states_of(model, ids, positions_of(model, ids.shape[1]))[-1])
-
-
 def accuracies(
     heads: MedusaHeads, model: DeciLMForCausalLM, windows: torch.Tensor, *, first: int, top: int
 ) -> list[list[float]]:
@@ -130,7 +126,7 @@ def accuracies(
     counts = torch.zeros(len(heads.heads), dtype=torch.float64)
     with torch.inference_mode():
         for ids in windows.split(4):
-            states = _final(model, ids)[:, first:]
+            states = final_states(model, ids)[:, first:]
             for row in states:
                 said = pick(functional.linear(row, model.lm_head.weight))
                 for number, logits in enumerate(head_logits(heads, row)):

@@ -16,9 +16,9 @@ from refound.adapters.heads.decode_lookup import LookupDraft
 from refound.adapters.heads.decode_medusa import MedusaDraft
 from refound.adapters.heads.decode_self import SelfDraft
 from refound.adapters.heads.decode_tree import Shape, Tree, best_shape, chain
-from refound.adapters.heads.draft import final_states
 from refound.adapters.heads.errors import HeadsMismatchError, HeadsUsageError
 from refound.adapters.heads.gates import GateStopper, make_gate
+from refound.adapters.heads.states import final_states
 from refound.distill.models import build, load, open_blocks
 from refound.export.medusa import MedusaHead, MedusaHeads
 from transformers import AutoModelForCausalLM
@@ -59,6 +59,7 @@ DRAFTERS: dict[str, Callable[[CachedModel], Drafter]] = {
     "dynamic tree, another model": lambda of: DynamicTreeDraft(other_draft(of), budget=9, depth=4, threshold=0.01),
     "first layer": lambda _: SelfDraft(1, length=3),
     "first layers, timid": lambda _: SelfDraft(2, length=6, confidence=0.3),
+    "Medusa in bfloat16": lambda of: MedusaDraft(random_heads(of).to(torch.bfloat16), best_shape([[0.5, 0.2]] * 3, 5)),
     "Medusa": lambda of: MedusaDraft(random_heads(of), best_shape([[0.5, 0.2, 0.1]] * 3, 9)),
 }
 

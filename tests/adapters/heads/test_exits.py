@@ -14,7 +14,7 @@ from refound.adapters.heads.decode import decode
 from refound.adapters.heads.decode_self import SelfDraft
 from refound.adapters.heads.errors import HeadsMismatchError, HeadsUsageError
 from refound.adapters.heads.exit_run import choose_exit, open_exits
-from refound.adapters.heads.exits import Seen, leaving, look, stopping
+from refound.adapters.heads.exits import Seen, evaluate, leaving, stopping
 from refound.adapters.heads.run import plan_heads, run_heads
 from refound.adapters.heads.settings import ExitSettings, HeadsConfig
 from refound.cli import main
@@ -71,7 +71,7 @@ def test_an_untrained_exit_is_the_models_norm(base: Path, tmp_path: Path) -> Non
     assert all(one["trained"] == one["bare"] for one in found.record["heads"]["agreement"].values())
     source = open_blocks(base)
     part, _ = open_exits(tmp_path / "out", source, load(source))
-    seen = look(part, load(source), torch.arange(24).reshape(2, 12))
+    seen = evaluate(part, load(source), torch.arange(24).reshape(2, 12))
     assert all(torch.equal(a, b) for a, b in zip(seen.right, seen.bare, strict=True))
     with pytest.raises(HeadsMismatchError, match="was trained on the model"):
         other = open_blocks(write_model(tmp_path / "other", decoder(layers=3), seed=4))

@@ -91,10 +91,6 @@ def test_heads_learn_and_greedy_tokens_stay_the_models_own(base: Path, trained: 
     assert told["measured"]["medusa"]["equal"] and told["predicted"]["medusa"]["tokens_a_pass"] > 1
     heads, shape = open_medusa(trained, open_blocks(base))
     of = CachedModel(load(open_blocks(base), dtype=torch.float64))
-    heads = replace(heads, shared_output=of.model.lm_head.weight, heads=tuple(
-        replace(head, weights=tuple(w.double() for w in head.weights), biases=tuple(b.double() for b in head.biases))
-        for head in heads.heads
-    ))  # fmt: skip
     prompt = [7, 50, 3]
     assert decode(of, prompt, MedusaDraft(heads, shape), new_tokens=20).tokens == surely(of, prompt, 20)
     said: list[str] = []
