@@ -48,6 +48,22 @@ class MedusaHeads:
         assert found is not None
         return found
 
+    def to(self, dtype: "torch.dtype") -> "MedusaHeads":
+        """The same heads in another type."""
+
+        def cast(tensor: "torch.Tensor | None") -> "torch.Tensor | None":
+            return None if tensor is None else tensor.to(dtype)
+
+        heads = tuple(
+            MedusaHead(
+                weights=tuple(weight.to(dtype) for weight in head.weights),
+                biases=tuple(bias.to(dtype) for bias in head.biases),
+                output=cast(head.output),
+            )
+            for head in self.heads
+        )
+        return MedusaHeads(heads=heads, shared_output=cast(self.shared_output))
+
     def check(self, vocab_size: int, hidden_size: int) -> None:
         """Raise ExportUsageError if a shape is not what a model of these sizes needs, or heads differ in kind."""
         problems = [] if self.heads else ["there is no head"]

@@ -43,7 +43,8 @@ class Drafter(Protocol):
 
     def propose(self, tokens: Sequence[int], state: torch.Tensor, room: int) -> Proposal:
         """tokens: all that is known, the last one not yet in the model's cache. state: (hidden,), which said it.
-        room: tokens that are still wanted; guesses beyond that are work for nothing."""
+        room: tokens that are still wanted. Guesses deeper than room - 1 are not checked; who puts its nodes into the
+        model's cache makes none, as the model may have no position for them."""
         ...
 
     def settle(self, accepted: int, path: Sequence[int]) -> None:
@@ -64,8 +65,8 @@ class Acceptance(Protocol):
 class Stopper(Protocol):
     """What ends a text before it is long enough."""
 
-    def start(self) -> None:
-        """A new text."""
+    def start(self, states: torch.Tensor) -> None:
+        """A new text. states: (tokens, hidden) of the prompt's tokens but the last, which may be none."""
         ...
 
     def first(self, states: torch.Tensor) -> int | None:
@@ -107,8 +108,8 @@ class Greedy:
 
 @dataclass(kw_only=True)
 class Typical:
-    """Medusa's typical acceptance (arXiv:2401.10774, section 2.3.1): a guess is right if the model finds it at least
-    as likely as min(epsilon, delta * exp(-entropy)). The longest path that is right is kept, of several the likeliest.
+    """Medusa's typical acceptance (arXiv:2401.10774, section 2.3.1): a guess is right if the model finds it more
+    likely than min(epsilon, delta * exp(-entropy)). The longest path that is right is kept, of several the likeliest.
     What follows is drawn from the tokens that pass the same test. Not the model's own distribution, by design."""
 
     epsilon: float = 0.09
@@ -207,21 +208,25 @@ def decode(
     began = time.perf_counter()
     with torch.inference_mode():
         model.reset()
-        state = model.run(prompt, range(-1, len(prompt) - 1))[-1]
+        read = model.run(prompt, range(-1, len(prompt) - 1))
         model.keep(range(len(prompt)))
-        stopped = _stops(stopper, state[None], begins=True) is not None
+        state = read[-1]
+        if stopper is not None:
+            stopper.start(read[:-1])
+        stopped = _stops(stopper, read[-1:]) is not None
         tokens += [] if stopped else [rule.first(model.logits(state))]
         drafter.start(model, prompt)
         prompted = time.perf_counter()
         while not stopped and len(tokens) - len(prompt) < new_tokens and tokens[-1] not in ends:
-            proposal = drafter.propose(tokens, state, new_tokens - (len(tokens) - len(prompt)))
-            tree = proposal.tree
-            states = _check(model, proposal)
+            room = new_tokens - (len(tokens) - len(prompt))
+            proposal = drafter.propose(tokens, state, room)
+            tree, nodes = _shallow(proposal, room - 1)
+            states = _check(model, proposal, tree)
             path, following = rule.walk(tree, model.logits(states))
             said = [*(tree.tokens[node] for node in path[1:]), following]
             stop = next((index + 1 for index, token in enumerate(said) if token in ends), len(said))
             model.keep(path)
-            drafter.settle(len(path) - 1, path)
+            drafter.settle(len(path) - 1, [nodes[node] for node in path])
             state = states[path[-1]]
             enough = _stops(stopper, states[path])
             stopped = enough is not None and enough < stop
@@ -237,18 +242,22 @@ def decode(
     )
 
 
-def _stops(stopper: Stopper | None, states: torch.Tensor, *, begins: bool = False) -> int | None:
-    if stopper is None:
-        return None
-    if begins:
-        stopper.start()
-    return stopper.first(states)
+def _stops(stopper: Stopper | None, states: torch.Tensor) -> int | None:
+    return None if stopper is None else stopper.first(states)
 
 
-def _check(model: CachedModel, proposal: Proposal) -> torch.Tensor:
+def _shallow(proposal: Proposal, depth: int) -> tuple[Tree, Sequence[int]]:
+    """(what of the tree can be used, which of its nodes those are): deeper nodes are work for nothing, and may lie
+    beyond the model's last position. What is in the model's cache already stays whole."""
+    if proposal.hidden is None:
+        return proposal.tree.up_to(depth)
+    return proposal.tree, range(len(proposal.tree.tokens))
+
+
+def _check(model: CachedModel, proposal: Proposal, tree: Tree) -> torch.Tensor:
     """The states (nodes, hidden) of a tree, after the last norm."""
     if proposal.hidden is None:
-        return model.run(proposal.tree.tokens, proposal.tree.parents)
+        return model.run(tree.tokens, tree.parents)
     return model.norm(model.through(proposal.hidden, model.places(), proposal.layer))
 
 

@@ -29,6 +29,10 @@ class _Draft:
             )
         self._draft.reset()
 
+    def _depth_of(self, tokens: Sequence[int], room: int) -> int:
+        """Guesses in a row that are wanted, and that the draft has positions for: it reads all of them but the last."""
+        return min(room - 1, self._draft.limit - len(tokens) + 1)
+
     def _catch_up(self, tokens: Sequence[int]) -> torch.Tensor:
         """Reads what is new, all but the last token to be kept; the logits (vocabulary,) after the last, which is the
         pending node 0."""
@@ -54,7 +58,7 @@ class ModelDraft(_Draft):
         self._length, self._confidence, self._accepted = length, confidence, 0
 
     def propose(self, tokens: Sequence[int], state: torch.Tensor, room: int) -> Proposal:
-        guesses, most = [tokens[-1]], min(self._length, room - 1)
+        guesses, most = [tokens[-1]], min(self._length, self._depth_of(tokens, room))
         if most < 1:
             return Proposal(tree=chain(guesses))
         logits = self._catch_up(tokens)
@@ -92,7 +96,7 @@ class DynamicTreeDraft(_Draft):
         """Tokens that the last tree was expected to bring, the model's own included."""
 
     def propose(self, tokens: Sequence[int], state: torch.Tensor, room: int) -> Proposal:
-        depth = min(self._depth, room - 1)
+        depth = min(self._depth, self._depth_of(tokens, room))
         if depth < 1:
             self._read = []
             return Proposal(tree=chain(tokens[-1:]))

@@ -47,11 +47,11 @@ class MedusaDraft:
                 f"these heads' output is {list(found)} and the model's {list(wanted)}: they were trained on another "
                 "model. Train heads for this one: refound heads MODEL --kind medusa"
             )
+        self._heads = self._heads.to(model.dtype)
 
     def propose(self, tokens: Sequence[int], state: torch.Tensor, room: int) -> Proposal:
         if not self._most or room < 2:
             return Proposal(tree=chain(tokens[-1:]))
-        # room - 1 guesses could be used; a deeper tree does no harm, and is at most once a text
         best = head_logits(self._heads, state[None])[:, 0].topk(self._most, dim=-1).indices.tolist()
         return Proposal(tree=self._shape.fill(tokens[-1], best))
 

@@ -33,6 +33,18 @@ class Tree:
             found[parent].append(node)
         return found
 
+    def up_to(self, depth: int) -> tuple["Tree", Sequence[int]]:
+        """(the nodes at most so deep, below the root at depth 0; their numbers here)."""
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        kept = [node for node, found in enumerate(depths) if found <= depth]
+        if len(kept) == len(depths):
+            return self, kept
+        place = {node: index for index, node in enumerate(kept)} | {-1: -1}
+        tokens = tuple(self.tokens[node] for node in kept)
+        return Tree(tokens=tokens, parents=tuple(place[self.parents[node]] for node in kept)), kept
+
 
 def chain(tokens: Sequence[int]) -> Tree:
     """One guess after the other; the first is the token that is known."""

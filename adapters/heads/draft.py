@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...distill.chunked import HeadLoss, head_loss
-from ...distill.models import DeciLMForCausalLM, build, load, open_blocks, positions_of, states_of, weights_of
+from ...distill.models import DeciLMForCausalLM, build, load, open_blocks, weights_of
 from ...distill.save import save_model
 from ...export.architecture import FFN, Decoder
 from ...export.directory import ModelDirectory
@@ -23,9 +23,10 @@ from .decode import pick
 from .decode_draft import DynamicTreeDraft, ModelDraft
 from .errors import HeadsMismatchError, HeadsUsageError
 from .job import Job, Outcome, predicted
-from .measure import at, pass_seconds
+from .measure import interpolate, pass_seconds
 from .runs import expected_of_chain, run_lengths
 from .settings import DraftSettings, HeadsConfig
+from .states import final_states
 from .train import train
 
 
@@ -110,11 +111,6 @@ class DraftLoss:
         return loss
 
 
-def final_states(model: DeciLMForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """(batch, length, hidden) after the last norm."""
-    return model.model.norm(states_of(model, ids, positions_of(model, ids.shape[1]))[-1])
-
-
 def run_draft(job: Job) -> Outcome:
     """Raises what `train.train` and `distill.save.save_model` do."""
     settings = cast(DraftSettings, job.config.settings)
@@ -172,7 +168,7 @@ def _measured(
     costs, own = pass_seconds(big), pass_seconds(small, (1,))[1]
     guesses = settings.guesses
     expected = 1 + expected_of_chain(run_lengths(right, guesses))
-    guess = predicted(expected, at(costs, guesses + 1) + guesses * own, costs[1])
+    guess = predicted(expected, interpolate(costs, guesses + 1) + guesses * own, costs[1])
     measured = job.timed(
         big,
         held_out,

@@ -3,8 +3,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,11 +16,11 @@ from ...distill.proven import read_proven, write_proven
 from ...export.directory import ModelDirectory
 from .cached import CachedModel
 from .calibrate import Threshold, choose_threshold, grid
-from .decode_self import SelfDraft
+from .decode_self import ExitHead, SelfDraft
 from .errors import HeadsMismatchError
-from .exits import ExitLoss, ExitPart, Seen, exit_layers, leaving, look, stopping
+from .exits import ExitLoss, ExitPart, Seen, evaluate, exit_layers, leaving, stopping
 from .job import Job, Outcome, predicted
-from .measure import at, pass_seconds, seconds_of
+from .measure import interpolate, pass_seconds, seconds_of
 from .record import read_record, save_heads
 from .runs import expected_of_chain, run_lengths
 from .settings import ExitSettings, HeadsConfig
@@ -60,36 +60,43 @@ def _saved(job: Job, model: DeciLMForCausalLM, part: ExitPart, held_out: torch.T
     settings = cast(ExitSettings, job.config.settings)
     first = settings.prompt - 1 if settings.own else 0
     job.progress("calibrating exits on held-out text")
-    seen = look(part, model, held_out)
+    seen = evaluate(part, model, held_out)
     thresholds = calibrated(seen, settings, first)
     cached = CachedModel(model)
-    layer, guesses, expected = choose_exit(cached, part, seen, first)
-    exit_, gate = part.exits[part.layers.index(layer)], part.gates[part.layers.index(layer)]
+    trained, bare = _choices(cached, part, seen, settings.guesses, first)
+    layer, exit_ = trained.layer, part.exits[part.layers.index(trained.layer)]
+    gate = part.gates[part.layers.index(layer)]
     drafters = {
-        "exit": SelfDraft(layer, length=guesses, head=exit_),
+        "exit": SelfDraft(layer, length=trained.guesses, head=exit_),
+        "exit, bare": SelfDraft(bare.layer, length=bare.guesses),
         "exit, gated": SelfDraft(layer, length=_MOST, head=exit_, gate=cast(Any, gate), threshold=0.5),
     }
     measured = job.timed(cached, held_out, drafters)
     rows = zip(part.layers, seen.right, seen.bare, strict=True)
     agreement = {
-        str(after): {"trained": right[:, first:].double().mean().item(), "bare": bare[:, first:].double().mean().item()}
-        for after, right, bare in rows
+        str(after): {
+            "trained": right[:, first:].double().mean().item(),
+            "bare": plain[:, first:].double().mean().item(),
+        }
+        for after, right, plain in rows
     }
     record = job.record(
-        predicted={"exit": expected},
+        predicted={"exit": trained.predicted, "exit, bare": bare.predicted},
         measured=measured,
         losses=losses,
         layers=list(part.layers),
         exit_layer=layer,
-        guesses=guesses,
+        guesses=trained.guesses,
+        transformers={"exit_layer": bare.layer, "guesses": bare.guesses},
         agreement=agreement,
         thresholds={name: _json(one) for name, one in thresholds.items()},
-        told=_told(settings, agreement, thresholds, layer, guesses),
+        told=_told(settings, agreement, thresholds, trained, bare),
     )
 
     def write(folder: Path) -> None:
         write_proven(folder / EXITS, part.state_dict(), {"layers": list(part.layers), "settings": asdict(settings)})
-        generation = {"assistant_early_exit": layer, "num_assistant_tokens": guesses}
+        # transformers has no place for a trained exit: what is best with the model's own norm
+        generation = {"assistant_early_exit": bare.layer, "num_assistant_tokens": bare.guesses}
         own = job.source.path / GENERATION
         told = json.loads(own.read_text()) if own.is_file() else {}
         (folder / GENERATION).write_text(json.dumps(told | generation, indent=2) + "\n")
@@ -107,22 +114,58 @@ def calibrated(seen: Seen, settings: ExitSettings, first: int) -> dict[str, Thre
     return found
 
 
-def choose_exit(model: CachedModel, part: ExitPart, seen: Seen, first: int) -> tuple[int, int, dict[str, float]]:
-    """(layer, guesses in a row) of the best predicted speed here, and what is predicted."""
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """An exit to draft from."""
+
+    layer: int
+    guesses: int
+    """In a row."""
+    predicted: dict[str, float]
+
+
+def _choices(model: CachedModel, part: ExitPart, seen: Seen, guesses: int, first: int) -> tuple[Choice, Choice]:
+    """(of the trained exits, of the model's own norm after the same layers)."""
     costs = pass_seconds(model)
+    heads: tuple[Sequence[ExitHead], ...] = (list(part.exits), [model.norm] * len(part.layers))
+    trained, bare = (
+        choose_exit(
+            {layer: found[:, first:] for layer, found in zip(part.layers, right, strict=True)},
+            {layer: _guess_seconds(model, layer, head) for layer, head in zip(part.layers, each, strict=True)},
+            costs,
+            depth=len(model.layers),
+            guesses=guesses,
+        )
+        for right, each in zip((seen.right, seen.bare), heads, strict=True)
+    )
+    return trained, bare
+
+
+def choose_exit(
+    right: Mapping[int, torch.Tensor],
+    guess_s: Mapping[int, float],
+    pass_s: Mapping[int, float],
+    *,
+    depth: int,
+    guesses: int = 0,
+) -> Choice:
+    """The best predicted speed.
+
+    right: after each layer, where its token is the model's, (windows, length). guess_s: seconds of a guess there.
+    pass_s: of a pass over so many positions, through all `depth` layers. guesses: in a row; 0: what is best, up to 8.
+    """
     found = []
-    for (layer, exit_, _), right in zip(part.each(), seen.right, strict=True):
-        one = _guess_seconds(model, layer, exit_)
-        share = layer / len(model.layers)
-        for guesses in range(1, _MOST + 1):
-            expected = 1 + expected_of_chain(run_lengths(right[:, first:], guesses))
+    for layer, places in right.items():
+        share = layer / depth
+        for count in [guesses] if guesses else range(1, _MOST + 1):
+            expected = 1 + expected_of_chain(run_lengths(places, count))
             # every node passes the first layers alone, and the others together
-            took = guesses * one + share * costs[1] + (1 - share) * at(costs, guesses + 1)
-            found.append((layer, guesses, predicted(expected, took, costs[1])))
-    return max(found, key=lambda one: one[2]["speedup"])
+            took = count * guess_s[layer] + share * pass_s[1] + (1 - share) * interpolate(pass_s, count + 1)
+            found.append(Choice(layer=layer, guesses=count, predicted=predicted(expected, took, pass_s[1])))
+    return max(found, key=lambda one: one.predicted["speedup"])
 
 
-def _guess_seconds(model: CachedModel, layer: int, exit_: Any) -> float:
+def _guess_seconds(model: CachedModel, layer: int, exit_: ExitHead) -> float:
     """Of one guess: the layers below the exit, and what makes it a token."""
 
     def guess() -> None:
@@ -141,8 +184,8 @@ def _told(
     settings: ExitSettings,
     agreement: Mapping[str, Mapping[str, float]],
     thresholds: Mapping[str, Threshold],
-    layer: int,
-    guesses: int,
+    trained: Choice,
+    bare: Choice,
 ) -> dict[str, str]:
     found = {
         f"after {after} layers": f"the model's token at {one['trained']:.1%} of places ({one['bare']:.1%} untrained)"
@@ -155,7 +198,10 @@ def _told(
             if one.never
             else f"from a score of {one.value:.2f}: {one.acts:.1%} of tokens, {one.risk:.2%} by mistake; {bound}"
         )
-    return found | {"drafts": f"{guesses} tokens after {layer} layers"}
+    return found | {
+        "drafts": f"{trained.guesses} tokens after {trained.layer} layers",
+        "drafts in transformers": f"{bare.guesses} tokens after {bare.layer} layers, by the model's own norm",
+    }
 
 
 def open_exits(path: Path, base: ModelDirectory, model: DeciLMForCausalLM) -> tuple[ExitPart, dict[str, float]]:

@@ -135,7 +135,7 @@ def _useless(hits: torch.Tensor, useful: int) -> torch.Tensor:
     return (run_lengths(hits, useful) < useful).reshape(len(hits), count)
 
 
-def look(part: ExitPart, model: DeciLMForCausalLM, windows: torch.Tensor) -> Seen:
+def evaluate(part: ExitPart, model: DeciLMForCausalLM, windows: torch.Tensor) -> Seen:
     """At held-out windows (windows, length)."""
     right, bare, scores = ([list[torch.Tensor]() for _ in part.layers] for _ in range(3))
     stop, hits, head = [], [], model.lm_head.weight

@@ -76,10 +76,10 @@ def export_heads(
             if file.is_file() and file.suffix in (".json", ".safetensors", ".py", ".txt", ".model", ".jinja"):
                 shutil.copyfile(file, folder / file.name)
         shutil.copyfile(path / GENERATION, folder / GENERATION)
+        layer = json.loads((folder / GENERATION).read_text())["assistant_early_exit"]
     return ExportedHeads(
         path=out / "transformers",
-        serve=f"AutoModelForCausalLM.from_pretrained('{out / 'transformers'}').generate(…) drafts from layer "
-        f"{record['exit_layer']}",
+        serve=f"AutoModelForCausalLM.from_pretrained('{out / 'transformers'}').generate(…) drafts from layer {layer}",
     )
 
 

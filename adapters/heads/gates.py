@@ -79,15 +79,15 @@ def make_gate(kind: str, hidden: int, width: int) -> nn.Module:
 
 
 class GateStopper:
-    """Ends a text where a gate's score is at least `threshold`: a `decode.Stopper`. A gate that remembers begins at the
-    last token of the prompt."""
+    """Ends a text where a gate's score is at least `threshold`: a `decode.Stopper`. A gate that remembers has seen the
+    prompt, as its threshold was chosen over whole windows of text."""
 
     def __init__(self, gate: Gate, threshold: float) -> None:
         self._gate, self._threshold = gate, threshold
         self._state: State = None
 
-    def start(self) -> None:
-        self._state = None
+    def start(self, states: torch.Tensor) -> None:
+        self._state = self._gate(states[None])[1] if len(states) else None
 
     def first(self, states: torch.Tensor) -> int | None:
         for index in range(len(states)):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every kind of training shares: the model, the text, the place of the state, and who writes the result."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,16 +12,20 @@ import torch
 import torch.distributed as dist
 
 from ...distill.config import digest
+from ...distill.errors import DamagedFileError
+from ...distill.exclusive import only_one
 from ...distill.loop import eos_of
 from ...distill.models import DeciLMForCausalLM, load, open_blocks
-from ...distill.resume import state_folder
+from ...distill.proven import read_proven
+from ...distill.resume import STATE, state_folder
 from ...distill.texts import Part
 from ...export.atomic import require_absent
 from ...export.directory import ModelDirectory
+from ...export.errors import OutputExistsError, OutputSpaceError
 from .cached import CachedModel
 from .decode import Drafter
 from .measure import Speed, by_turns
-from .own_text import Progress, windows_of
+from .own_text import Progress, read_text, windows_of
 from .record import heads_record
 from .settings import HeadsConfig
 
@@ -58,7 +63,8 @@ class Job:
     """A training of one kind, for one model."""
 
     def __init__(self, config: HeadsConfig, progress: Progress) -> None:
-        """Raises OutputExistsError if there is something else at `config.out`, before anything is done."""
+        """Raises OutputExistsError if there is something else at `config.out`, before anything is done; TextError if
+        there is too little text."""
         self.config, self.progress = config, progress
         self.source: ModelDirectory = open_blocks(config.model)
         self.fingerprint = self.source.fingerprint()
@@ -66,7 +72,10 @@ class Job:
         self.start = open_blocks(Path(start)) if start else None
         """A model that the draft begins as."""
         begun = self.start.fingerprint() if self.start else ""
-        self.run = digest([config.kind, digest(config.settings), config.sources, config.seed, self.fingerprint, begun])
+        self.text: dict[Part, torch.Tensor] = {part: read_text(config, self.source, part) for part in ("train", "test")}
+        """What is read, not where: a file that was edited makes it another run."""
+        text = [windows.tolist() for windows in self.text.values()]
+        self.run = digest([config.kind, digest(config.settings), text, config.seed, self.fingerprint, begun])
         self.folder = state_folder(config.out)
         self.first = not dist.is_initialized() or dist.get_rank() == 0
         self.done = self._finished()
@@ -80,15 +89,32 @@ class Job:
         self.progress(f"{self.config.out} is the result of this very run already")
         return Outcome(path=self.config.out, record=found)
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """On the first rank, the only process that trains what goes to this place.
+
+        Raises:
+            OutputExistsError: another one does.
+            OutputSpaceError: nothing can be written there.
+        """
+        if not self.first:
+            return contextlib.nullcontext()
+        return only_one(self.folder, "training", "--out", taken=OutputExistsError, unwritable=OutputSpaceError)
+
+    def clear(self) -> None:
+        """Of a run that was killed once its result was there: the state, which the next run would take for its own."""
+        with contextlib.suppress(OSError, DamagedFileError):
+            if self.first and read_proven(self.folder / STATE)[1]["run"] == self.run:
+                with self.alone():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+
     def model(self) -> DeciLMForCausalLM:
         """In float32, frozen."""
         return load(self.source)
 
     def windows(self, model: DeciLMForCausalLM, part: Part) -> torch.Tensor:
         """(count, length): for training, or held out."""
-        settings = self.config.settings
-        count = settings.steps * settings.batch if part == "train" else settings.held_out
-        return windows_of(self.config, self.source, model, part, count, self.config.texts or self.folder, self.progress)
+        folder = self.config.texts or self.folder
+        return windows_of(self.config, self.source, model, part, self.text[part], folder, self.progress)
 
     def prompts(self, held_out: torch.Tensor) -> list[list[int]]:
         settings = self.config.settings

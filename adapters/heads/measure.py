@@ -68,7 +68,7 @@ def seconds_of(task: Callable[[], Any], repeats: int = 5) -> float:
     return median(found[1:])
 
 
-def at(costs: Mapping[int, float], size: int) -> float:
+def interpolate(costs: Mapping[int, float], size: int) -> float:
     """Between the sizes that were timed, on a line."""
     sizes = sorted(costs)
     if size <= sizes[0]:

@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn import functional
 
 from ...distill.chunked import HeadLoss, head_loss
-from ...distill.models import DeciLMForCausalLM, positions_of, states_of
+from ...distill.models import DeciLMForCausalLM
 from ...export.medusa import MedusaHead, MedusaHeads
 from .decode import pick
 from .decode_medusa import head_logits
 from .settings import MedusaSettings
+from .states import final_states
 
 
 class Head(nn.Module):
@@ -84,17 +85,20 @@ class MedusaLoss:
         first = settings.prompt - 1 if settings.own else 0
         together = settings.joint and share >= settings.joint_after
         with torch.set_grad_enabled(together):
-            states = _final(self.model, ids)[:, first:]
+            states = final_states(self.model, ids)[:, first:]
         with torch.no_grad():
-            targets = _final(self.teacher, ids)[:, first:] if settings.joint else states
+            targets = final_states(self.teacher, ids)[:, first:] if settings.joint else states
         total = torch.zeros((), dtype=states.dtype)
+        output = self.model.lm_head.weight
+        # the heads that use the model's own matrix move it with the model only, not before
+        shared = output if together else output.detach()
         for number, head in enumerate(self.part.each()):
-            weight = self.model.lm_head.weight if head.output is None else head.output
+            weight = shared if head.output is None else head.output
             found = self._head(head(states[:, : -1 - number]), weight, targets[:, 1 + number :], ids, 1 + number)
             total = total + settings.decay**number * found
         if not together:
             return total
-        return self._head(states, self.model.lm_head.weight, targets, ids, 0) + settings.joint_weight * total
+        return self._head(states, output, targets, ids, 0) + settings.joint_weight * total
 
     def _head(
         self, states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, ahead: int
@@ -103,8 +107,6 @@ class MedusaLoss:
         count = states.shape[1]
         labels = torch.full((len(ids), count), -100)
         labels[:, :-1] = ids[:, ids.shape[1] - count + 1 :]
-        if not weight.requires_grad:
-            weight = weight.detach()
         loss, _, _ = head_loss(
             states.flatten(0, 1),
             weight,
@@ -116,11 +118,6 @@ class MedusaLoss:
         return loss
 
 
-def _final(model: DeciLMForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """(batch, length, hidden) after the last norm."""
-    return model.model.norm(states_of(model, ids, positions_of(model, ids.shape[1]))[-1])
-
-
 def accuracies(
     heads: MedusaHeads, model: DeciLMForCausalLM, windows: torch.Tensor, *, first: int, top: int
 ) -> list[list[float]]:
@@ -129,7 +126,7 @@ def accuracies(
     counts = torch.zeros(len(heads.heads), dtype=torch.float64)
     with torch.inference_mode():
         for ids in windows.split(4):
-            states = _final(model, ids)[:, first:]
+            states = final_states(model, ids)[:, first:]
             for row in states:
                 said = pick(functional.linear(row, model.lm_head.weight))
                 for number, logits in enumerate(head_logits(heads, row)):

@@ -2,9 +2,9 @@
 """Medusa from text to a directory: train, measure how often heads are right, choose the tree, time it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -17,7 +17,7 @@ from .decode_medusa import MedusaDraft, head_logits
 from .decode_tree import Shape, best_shape, expected_tokens
 from .errors import HeadsMismatchError
 from .job import Job, Outcome, predicted
-from .measure import at, pass_seconds, seconds_of
+from .measure import interpolate, pass_seconds, seconds_of
 from .medusa import MedusaLoss, MedusaPart, accuracies
 from .record import read_record, save_heads
 from .settings import HeadsConfig, MedusaSettings
@@ -53,31 +53,12 @@ def run_medusa(job: Job) -> Outcome:
 
     def save() -> None:
         stored = torch.float32 if settings.joint else _TYPES[next(iter(job.source.tensors.values())).dtype]
-        heads = _rounded(part.weights(model.lm_head.weight), stored)
+        # rounded as they are stored, so that what is measured is what is written
+        heads = part.weights(model.lm_head.weight).to(stored).to(torch.float32)
         made.append(_saved(job, model, heads, held_out, losses, stored))
 
     job.finish(save, keeper.close)
     return made[0] if made else Outcome(path=job.config.out, record={})
-
-
-def _rounded(heads: MedusaHeads, dtype: torch.dtype) -> MedusaHeads:
-    """As they are stored, so that what is measured is what is written."""
-
-    def cast_to(tensor: torch.Tensor | None) -> Any:
-        return None if tensor is None else tensor.to(dtype).float()
-
-    return MedusaHeads(
-        heads=tuple(
-            replace(
-                head,
-                weights=tuple(cast_to(one) for one in head.weights),
-                biases=tuple(cast_to(one) for one in head.biases),
-                output=cast_to(head.output),
-            )
-            for head in heads.heads
-        ),
-        shared_output=cast_to(heads.shared_output),
-    )
 
 
 def _saved(
@@ -111,27 +92,12 @@ def _saved(
             base = folder / BASE
             save_model(base, job.source.decoder, weights, companions_of=job.source, record={"base": record["base"]})
         write_medusa(
-            _as_type(heads, stored), base, folder / HEADS, "vllm" if settings.shared else "fasterdecoding",
+            heads.to(stored), base, folder / HEADS, "vllm" if settings.shared else "fasterdecoding",
             base_name="" if settings.joint is False else str((job.config.out / BASE).absolute()),
         )  # fmt: skip
 
     save_heads(job.config.out, write, record, overwrite=job.config.overwrite)
     return Outcome(path=job.config.out, record=record)
-
-
-def _as_type(heads: MedusaHeads, dtype: torch.dtype) -> MedusaHeads:
-    return MedusaHeads(
-        heads=tuple(
-            replace(
-                head,
-                weights=tuple(one.to(dtype) for one in head.weights),
-                biases=tuple(one.to(dtype) for one in head.biases),
-                output=None if head.output is None else head.output.to(dtype),
-            )
-            for head in heads.heads
-        ),
-        shared_output=None if heads.shared_output is None else heads.shared_output.to(dtype),
-    )
 
 
 def choose_tree(
@@ -144,7 +110,7 @@ def choose_tree(
     found = []
     for count in [nodes] if nodes else range(1, _MOST + 1):
         shape = best_shape(accuracy, count)
-        took = at(costs, len(shape.parents)) + guessing
+        took = interpolate(costs, len(shape.parents)) + guessing
         found.append((shape, predicted(expected_tokens(shape, accuracy), took, costs[1])))
     return max(found, key=lambda one: one[1]["speedup"])
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ...distill.config import digest
-from ...distill.errors import DamagedFileError
+from ...distill.errors import CacheWriteError, DamagedFileError
 from ...distill.loop import eos_of
 from ...distill.models import DeciLMForCausalLM
 from ...distill.proven import read_proven, write_proven
@@ -25,29 +25,45 @@ _CHUNK = 32
 Progress = Callable[[str], None]
 
 
-def windows_of(
-    config: HeadsConfig,
-    source: ModelDirectory,
-    model: DeciLMForCausalLM,
-    part: Part,
-    count: int,
-    folder: Path,
-    progress: Progress,
-) -> torch.Tensor:
-    """`count` windows (count, length) of int64: of the sources, or of the model's own text after their beginnings.
-
-    folder: where chunks of own text are kept.
+def read_text(config: HeadsConfig, source: ModelDirectory, part: Part) -> torch.Tensor:
+    """Of the sources: the windows (count, length) of int64 themselves, or the beginnings (count, prompt) of own text.
 
     Raises:
         TextError: there is too little text.
     """
     settings = config.settings
-    tokenizer, eos = open_tokenizer(source.path), eos_of(source)
-    length = settings.prompt if settings.own else settings.length
-    read = pack(config.sources, part, tokenizer=tokenizer, eos=eos, count=count, length=length)
-    prompts = torch.from_numpy(read)
+    return torch.from_numpy(
+        pack(
+            config.sources,
+            part,
+            tokenizer=open_tokenizer(source.path),
+            eos=eos_of(source),
+            count=settings.steps * settings.batch if part == "train" else settings.held_out,
+            length=settings.prompt if settings.own else settings.length,
+        )
+    )
+
+
+def windows_of(
+    config: HeadsConfig,
+    source: ModelDirectory,
+    model: DeciLMForCausalLM,
+    part: Part,
+    prompts: torch.Tensor,
+    folder: Path,
+    progress: Progress,
+) -> torch.Tensor:
+    """Windows (count, length) of int64: what `read_text` has read, or the model's own text after those beginnings.
+
+    folder: where chunks of own text are kept.
+
+    Raises:
+        CacheWriteError: it cannot be written.
+    """
+    settings, count = config.settings, len(prompts)
     if not settings.own or not count:
         return prompts
+    eos = eos_of(source)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chunks, fingerprint = prompts.split(_CHUNK), source.fingerprint()
     names = [
@@ -57,11 +73,21 @@ def windows_of(
     for number, (chunk, name, file) in enumerate(zip(chunks, names, files, strict=True)):
         if number % world == rank and not _is_whole(file):
             said = _continued(model, chunk, settings.length, settings.temperature, int(name[:8], 16), eos)
-            write_proven(file, {"windows": said}, {})
+            _keep(file, said)
             progress(f"own text for {part}: {min((number + 1) * _CHUNK, count)} of {count} windows")
     if world > 1:
         dist.barrier()
     return torch.cat([read_proven(file)[0]["windows"] for file in files])
+
+
+def _keep(file: Path, windows: torch.Tensor) -> None:
+    try:
+        write_proven(file, {"windows": windows}, {})
+    except OSError as error:
+        raise CacheWriteError(
+            f"cannot write {file}: {error.strerror}. What the model has said so far is kept; make room, or name "
+            "another place with --texts, and run the same command again to go on"
+        ) from error
 
 
 def _is_whole(file: Path) -> bool:

@@ -103,4 +103,8 @@ def run_heads(config: HeadsConfig, progress: Progress) -> Outcome | None:
 
 def _run(config: HeadsConfig, progress: Progress) -> Outcome:
     job = Job(config, progress)
-    return job.done or _RUN[config.kind](job)
+    if job.done is not None:
+        job.clear()
+        return job.done
+    with job.alone():
+        return _RUN[config.kind](job)

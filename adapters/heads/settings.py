@@ -144,7 +144,8 @@ class ExitSettings(Training):
     """… with so much confidence over the held-out text that thresholds are chosen by."""
     useful: int = 2
     """A continuation of fewer right tokens is useless, to whom types the text; what `stop` is trained to foresee."""
-    guesses: int = 4
+    guesses: int = 0
+    """Tokens guessed in a row; 0: what is predicted to be fastest on this machine, up to 8."""
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -152,8 +153,8 @@ class ExitSettings(Training):
             found.append(f"gate is {self.gate!r}, none of mlp, gru, ssm")
         if not (0 < self.risk < 1 and 0 < self.confidence < 1):
             found.append("risk and confidence lie between 0 and 1")
-        if self.width < 0 or self.gate_width < 1 or self.useful < 1 or self.guesses < 1:
-            found.append("width is not negative; gate_width, useful and guesses are at least 1")
+        if min(self.width, self.guesses) < 0 or min(self.gate_width, self.useful) < 1:
+            found.append("width and guesses are not negative; gate_width and useful are at least 1")
         if any(layer < 1 for layer in self.layers):
             found.append(f"layers are {self.layers}; an exit is after at least one layer")
         return found
@@ -183,8 +184,24 @@ class HeadsConfig:
             problems.append(f"these are no settings of {self.kind}")
         if not self.sources:
             problems.append("name at least one text")
+        problems += self._overwritten()
         if problems:
             raise HeadsUsageError("; ".join(problems))
+
+    def _overwritten(self) -> list[str]:
+        """What is read is not what may be replaced, nor in it."""
+        read = {
+            "the model": self.model,
+            "what the model says (--texts)": self.texts,
+            "the draft's start": getattr(self.settings, "start", ""),
+        }
+        read |= {f"the text {source}": source for source in self.sources if Path(source).is_file()}
+        out = self.out.resolve()
+        return [
+            f"{what} is in {self.out}, where the result would take its place; name another --out"
+            for what, place in read.items()
+            if place and out in (Path(place).resolve(), *Path(place).resolve().parents)
+        ]
 
 
 def read_settings(kind: str, settings: Sequence[str]) -> Training:

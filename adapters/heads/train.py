@@ -78,9 +78,15 @@ def train(
 
 
 def _average_gradients(part: torch.nn.Module) -> None:
+    """Over the ranks. What no rank has a gradient for gets none: AdamW would count a step that one rank does not."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    for parameter in part.parameters():
+    parameters = list(part.parameters())
+    found = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    for parameter, somewhere in zip(parameters, found.tolist(), strict=True):
+        if not somewhere:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)

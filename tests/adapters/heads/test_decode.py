@@ -2,6 +2,8 @@
 """Whatever is guessed, by whatever drafter, greedy decoding says the very tokens of the model alone."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import log
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from refound.adapters.heads.decode_self import SelfDraft
 from refound.adapters.heads.decode_tree import Shape, Tree, best_shape, chain
 from refound.adapters.heads.errors import HeadsMismatchError, HeadsUsageError
 from refound.adapters.heads.gates import GateStopper, make_gate
-from refound.distill.models import load, open_blocks
+from refound.adapters.heads.states import final_states
+from refound.distill.models import build, load, open_blocks
 from refound.export.medusa import MedusaHead, MedusaHeads
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +59,7 @@ DRAFTERS: dict[str, Callable[[CachedModel], Drafter]] = {
     "dynamic tree, another model": lambda of: DynamicTreeDraft(other_draft(of), budget=9, depth=4, threshold=0.01),
     "first layer": lambda _: SelfDraft(1, length=3),
     "first layers, timid": lambda _: SelfDraft(2, length=6, confidence=0.3),
+    "Medusa in bfloat16": lambda of: MedusaDraft(random_heads(of).to(torch.bfloat16), best_shape([[0.5, 0.2]] * 3, 5)),
     "Medusa": lambda of: MedusaDraft(random_heads(of), best_shape([[0.5, 0.2, 0.1]] * 3, 9)),
 }
 
@@ -69,6 +73,28 @@ def test_greedy_tokens_are_those_of_the_model_alone(name: str, kind: str, prompt
     found = decode(of, prompt, DRAFTERS[name](of), new_tokens=NEW)
     assert found.tokens == surely(of, prompt, NEW)
     assert sum(found.accepted) + len(found.accepted) + 1 >= NEW
+
+
+@pytest.mark.parametrize("name", [*DRAFTERS, "too deep"])
+@pytest.mark.parametrize("new_tokens", [1, 2, 6])
+def test_up_to_the_last_position_of_the_model(name: str, new_tokens: int) -> None:
+    """Trees may not be deeper than what is left, whoever guesses them."""
+    of, prompt = model(), [(7 * at) % VOCAB for at in range(256 - new_tokens)]
+    truth = surely(of, prompt, new_tokens)
+    for seed in range(5 if name == "too deep" else 1):
+        drafter = DRAFTERS[name](of) if name in DRAFTERS else Adversary(truth, seed)
+        assert decode(of, prompt, drafter, new_tokens=new_tokens).tokens == truth
+
+
+def test_a_draft_of_fewer_positions_guesses_as_long_as_it_has_some() -> None:
+    of = model()
+    told = decoder(layers=3)
+    short = CachedModel(build(replace(told, max_positions=16), weights(told), dtype=torch.float64).double())
+    prompt = [5, 6, 7]
+    truth = surely(of, prompt, 24)
+    for drafter in (ModelDraft(short, length=3), DynamicTreeDraft(short, budget=7, depth=3)):
+        found = decode(of, prompt, drafter, new_tokens=24)
+        assert found.tokens == truth and sum(found.guessed) > 0 and found.guessed[-1] == 0
 
 
 @given(prompt=PROMPTS, seed=st.integers(0, 2**32), kind=st.sampled_from(["llama", "mixed"]))
@@ -108,8 +134,6 @@ def test_equal_logits_are_decided_alike_by_every_pass() -> None:
     told = decoder(layers=3)
     made = weights(told)
     made["lm_head.weight"] = made["lm_head.weight"][: VOCAB // 3].repeat(3, 1)
-    from refound.distill.models import build
-
     of = CachedModel(build(told, made, dtype=torch.float32))
     plain = decode_plain(of, [3, 1, 4], new_tokens=NEW)
     assert max(plain.tokens) < VOCAB // 3
@@ -176,18 +200,10 @@ def test_a_text_stops_at_the_same_token_however_it_is_decoded(kind: str, prompt:
     """A gate that is random, and sure at one token in three or so."""
     torch.manual_seed(seed)
     of, gate = model(), make_gate(kind, 64, 8).double()
-    scores: list[float] = []
-
-    class Recording:
-        def start(self) -> None:
-            self.state = None
-
-        def first(self, states: torch.Tensor) -> int | None:
-            for state in states:
-                score, self.state = gate(state[None, None], self.state)
-                scores.append(float(score.sigmoid()))
-
-    plain = decode(of, prompt, NoDraft(), new_tokens=NEW, stopper=Recording())
+    plain = decode_plain(of, prompt, new_tokens=NEW)
+    with torch.no_grad():  # as thresholds are chosen: over the whole text, the prompt with it
+        states = final_states(of.model, torch.tensor([[*prompt, *plain.tokens[:-1]]]))
+        scores = gate(states)[0].sigmoid()[0, len(prompt) - 1 :].tolist()
     threshold = sorted(scores)[-len(scores) // 3]
     at = next(index for index, score in enumerate(scores) if score >= threshold)
     stopper = GateStopper(gate, threshold - 1e-9)
@@ -209,9 +225,11 @@ def test_typical_acceptance_takes_the_longest_path_that_is_likely_enough() -> No
     assert typical(logits, tree) == ([0, 1, 3], 0)  # 2 is as likely as 1, but nothing follows it
     turned = [logits[node] for node in (0, 2, 1, 3)]
     assert typical(turned, Tree(tokens=(0, 2, 1, 3), parents=(-1, 0, 0, 2)))[0] == [0, 2, 3]
-    # the entropy of a fair coin is ln 2, so the threshold is min(1, 1 * 1/2), and 1/2 is not above it
-    assert typical(logits, tree, epsilon=1, delta=1)[0] == [0]
-    assert typical(logits, tree, epsilon=1, delta=0.99)[0] == [0, 1, 3]
+    # 0.4 and 0.6 have an entropy of 0.673, so the threshold is delta * 0.51
+    uneven = [[-99, log(0.4), log(0.6), -99], *logits[1:]]
+    assert typical(uneven, tree, epsilon=1, delta=1)[0] == [0, 2]
+    assert typical(uneven, tree, epsilon=1, delta=0.7)[0] == [0, 1, 3]
+    assert typical(uneven, tree, epsilon=0.3, delta=1)[0] == [0, 1, 3]
 
 
 def test_typical_decoding_says_only_what_is_typical() -> None:
@@ -251,8 +269,6 @@ def test_lookup_guesses_what_followed_before() -> None:
 def test_a_draft_of_another_tokenizer_and_a_layer_that_is_not_there() -> None:
     of = model()
     other = decoder(layers=1, vocab_size=VOCAB + 2)
-    from refound.distill.models import build
-
     foreign = CachedModel(build(other, weights(other), dtype=torch.float64).double())
     with pytest.raises(HeadsMismatchError, match="vocabulary has 386 tokens and the model's 384"):
         decode(of, [1], ModelDraft(foreign), new_tokens=3)

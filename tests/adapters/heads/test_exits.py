@@ -13,8 +13,8 @@ from refound.adapters.heads.cached import CachedModel
 from refound.adapters.heads.decode import decode
 from refound.adapters.heads.decode_self import SelfDraft
 from refound.adapters.heads.errors import HeadsMismatchError, HeadsUsageError
-from refound.adapters.heads.exit_run import open_exits
-from refound.adapters.heads.exits import Seen, leaving, look, stopping
+from refound.adapters.heads.exit_run import choose_exit, open_exits
+from refound.adapters.heads.exits import Seen, evaluate, leaving, stopping
 from refound.adapters.heads.run import plan_heads, run_heads
 from refound.adapters.heads.settings import ExitSettings, HeadsConfig
 from refound.cli import main
@@ -71,7 +71,7 @@ def test_an_untrained_exit_is_the_models_norm(base: Path, tmp_path: Path) -> Non
     assert all(one["trained"] == one["bare"] for one in found.record["heads"]["agreement"].values())
     source = open_blocks(base)
     part, _ = open_exits(tmp_path / "out", source, load(source))
-    seen = look(part, load(source), torch.arange(24).reshape(2, 12))
+    seen = evaluate(part, load(source), torch.arange(24).reshape(2, 12))
     assert all(torch.equal(a, b) for a, b in zip(seen.right, seen.bare, strict=True))
     with pytest.raises(HeadsMismatchError, match="was trained on the model"):
         other = open_blocks(write_model(tmp_path / "other", decoder(layers=3), seed=4))
@@ -93,6 +93,22 @@ def test_transformers_drafts_from_the_exit_and_says_the_same(base: Path, tmp_pat
     assert torch.equal(drafting.generate(ids, **options), plain.generate(ids, **options))
     done = CliRunner().invoke(main, ["export", str(tmp_path / "out"), "--to", "vllm"])
     assert done.exit_code == 3 and "has no early exits" in done.output
+
+
+def test_transformers_gets_the_exit_that_is_best_with_the_models_own_norm(base: Path, tmp_path: Path) -> None:
+    always, never = torch.ones(4, 12).bool(), torch.zeros(4, 12).bool()
+    guess_s, pass_s = {1: 0.1, 2: 0.2}, {1: 1.0, 9: 1.0}
+    assert choose_exit({1: never, 2: always}, guess_s, pass_s, depth=3).layer == 2
+    best = choose_exit({1: always, 2: never}, guess_s, pass_s, depth=3)
+    assert (best.layer, best.guesses, best.predicted["tokens_a_pass"]) == (1, 8, 9)
+    assert choose_exit({1: always, 2: never}, guess_s, pass_s, depth=3, guesses=3).guesses == 3
+    found = run_heads(config(base, tmp_path / "out", replace(SETTINGS, tokens=192, guesses=2)), lambda _: None)
+    assert found
+    told = found.record["heads"]
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert told["guesses"] == told["transformers"]["guesses"] == written["num_assistant_tokens"] == 2
+    assert told["transformers"]["exit_layer"] == written["assistant_early_exit"]
+    assert told["measured"]["exit, bare"]["equal"]
 
 
 def test_leaving_is_at_the_first_exit_that_is_sure_enough() -> None:

@@ -4,8 +4,8 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +54,23 @@ def config(base: Path, out: Path, settings: MedusaSettings = SETTINGS) -> HeadsC
 def quiet(_: str) -> None: ...
 
 
+def killed_after(config: HeadsConfig, step: int) -> None:
+    """A process of its own that gets SIGKILL once it has said that this step is done."""
+
+    def progress(line: str) -> None:
+        if line.startswith(f"step {step} "):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        try:
+            run_heads(config, progress)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 def test_untrained_heads_say_what_the_model_says(base: Path, tmp_path: Path) -> None:
     run_heads(config(base, tmp_path / "out", replace(SETTINGS, tokens=0, measured=0)), quiet)
     heads, _ = open_medusa(tmp_path / "out", open_blocks(base))
@@ -74,10 +91,6 @@ def test_heads_learn_and_greedy_tokens_stay_the_models_own(base: Path, trained: 
     assert told["measured"]["medusa"]["equal"] and told["predicted"]["medusa"]["tokens_a_pass"] > 1
     heads, shape = open_medusa(trained, open_blocks(base))
     of = CachedModel(load(open_blocks(base), dtype=torch.float64))
-    heads = replace(heads, shared_output=of.model.lm_head.weight, heads=tuple(
-        replace(head, weights=tuple(w.double() for w in head.weights), biases=tuple(b.double() for b in head.biases))
-        for head in heads.heads
-    ))  # fmt: skip
     prompt = [7, 50, 3]
     assert decode(of, prompt, MedusaDraft(heads, shape), new_tokens=20).tokens == surely(of, prompt, 20)
     said: list[str] = []
@@ -89,20 +102,15 @@ def test_heads_learn_and_greedy_tokens_stay_the_models_own(base: Path, trained: 
 
 def test_a_killed_training_ends_with_the_same_bytes(base: Path, trained: Path, tmp_path: Path) -> None:
     told = {"tokens", "length", "batch", "lr", "prompt", "held_out", "heads", "save_every", "measured", "nodes"}
-    command = [sys.executable, "-m", "refound", "heads", str(base), "--kind", "medusa", "--out", str(tmp_path / "out")]
+    command = ["heads", str(base), "--kind", "medusa", "--out", str(tmp_path / "out")]
     for key in sorted(told | {"new_tokens"}):
         command += ["--set", f"{key}={getattr(SETTINGS, key)}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith("step 7 "):  # a state of step 6 is on disk
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "out").exists()
-    said: list[str] = []
-    run_heads(config(base, tmp_path / "out"), said.append)
-    assert said[0] == "going on from step 6 of 16"  # own text is there already, and is not said again
+    killed_after(config(base, tmp_path / "out"), 7)  # a state of step 6 is on disk
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    # own text is there already, and is not said again
+    assert done.stderr.splitlines()[0] == "going on from step 6 of 16"
     whole, killed = (path / "heads" / "model.safetensors" for path in (trained, tmp_path / "out"))
     assert whole.read_bytes() == killed.read_bytes()
     assert [path.name for path in tmp_path.glob(".*.state")] == []
@@ -120,9 +128,16 @@ def test_trained_together_the_model_moves_a_little_and_has_its_own_heads(base: P
     assert len(heads.heads[0].weights) == 2 and heads.heads[0].output is not None
     with pytest.raises(HeadsMismatchError, match="Medusa-2"):
         open_medusa(tmp_path / "out", open_blocks(base))
-    late = replace(settings, joint_after=1.0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_while_heads_are_trained_alone_the_model_stays_as_it_is(shared: bool, tied: bool, tmp_path: Path) -> None:
+    """Its output matrix too, which the heads use, and its embedding where the two are one."""
+    base = write_model(tmp_path / "model", decoder(layers=1, tied=tied))
+    late = replace(SETTINGS, tokens=384, measured=0, joint=True, joint_lr=1e-2, joint_after=1.0, shared=shared)
     run_heads(config(base, tmp_path / "late", late), quiet)
-    kept = load_file(tmp_path / "late" / "base" / "model.safetensors")
+    before, kept = (load_file(path / "model.safetensors") for path in (base, tmp_path / "late" / "base"))
     assert all(torch.equal(before[name], kept[name]) for name in before)
 
 

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two ranks train what one does: each its share of every batch, gradients averaged, own text said by turns."""
 
-import os
-import socket
-import sys
-import traceback
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from refound.adapters.heads.run import run_heads
 from refound.adapters.heads.settings import HeadsConfig, MedusaSettings
 from refound.export.medusa import read_medusa
+from safetensors.torch import load_file
 
+from ...ckpt.ranks import run_ranks
 from .small import foreseeable
 
 SETTINGS = MedusaSettings(
@@ -20,39 +18,27 @@ SETTINGS = MedusaSettings(
 )
 
 
-def forked(ranks: int, task: Callable[[], None]) -> list[int]:
-    """Exit codes of `task` in as many processes, with torchrun's environment."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                task()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)  # gloo's threads may abort an interpreter that ends by itself
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def train(base: Path, out: Path, settings: MedusaSettings) -> None:
+    run_heads(HeadsConfig(model=base, kind="medusa", out=out, settings=settings), lambda _: None)
 
 
 def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:
     base = foreseeable(tmp_path / "model", 2)
-
-    def train(name: str, said: list[str]) -> None:
-        config = HeadsConfig(model=base, kind="medusa", out=tmp_path / name, settings=SETTINGS)
-        run_heads(config, said.append)
-
-    train("one", [])
-    assert forked(2, lambda: train("two", [])) == [0, 0]
+    train(base, tmp_path / "one", SETTINGS)
+    run_ranks(tmp_path / "ranks", 2, lambda rank: train(base, tmp_path / "two", SETTINGS))
     one, two = (read_medusa(tmp_path / name / "heads") for name in ("one", "two"))
     for a, b in zip(one.heads, two.heads, strict=True):
         assert torch.allclose(a.weights[0], b.weights[0], atol=1e-3) and a.weights[0].abs().max() > 0.01
+
+
+def test_two_ranks_move_the_model_as_one_does(tmp_path: Path) -> None:
+    """AdamW's first steps are its longest: what waits while heads are trained alone must not be counted as a step."""
+    settings = replace(SETTINGS, joint=True, joint_after=0.6, joint_lr=1e-3)
+    base = foreseeable(tmp_path / "model", 2)
+    train(base, tmp_path / "one", settings)
+    run_ranks(tmp_path / "ranks", 2, lambda rank: train(base, tmp_path / "two", settings))
+    before = load_file(base / "model.safetensors")
+    one, two = (load_file(tmp_path / name / "base" / "model.safetensors") for name in ("one", "two"))
+    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        moved = (one[name] - before[name]).abs().mean()
+        assert moved > 1e-4 and (two[name] - one[name]).abs().mean() < 0.1 * moved
