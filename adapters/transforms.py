@@ -11,9 +11,9 @@ Each transform is a table of a recipe with a switch, `enabled`, and adds to what
   the end is learned only where thinking came to it by itself.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from .data import Record, Sample, Segment, sample_of
@@ -212,10 +212,11 @@ def _words(table: SelfEvaluation) -> tuple[str, str]:
 
 
 def split_at_error(right: str, wrong: str) -> tuple[str, str]:
-    """(the wrong answer through its first differing line, the right one from that line on)."""
+    """(the wrong answer through its first differing line, the right one from that line on).
+
+    A wrong answer that lacks a line first differs in the one that stands in its place; if it merely ends too early, it
+    is taken whole.
+    """
     rights, wrongs = right.splitlines(keepends=True), wrong.splitlines(keepends=True)
-    for kind, start, _, other, other_end in difflib.SequenceMatcher(None, rights, wrongs, autojunk=False).get_opcodes():
-        if kind != "equal":
-            last = min(other_end, other + 1)
-            return "".join(wrongs[:last]), "".join(rights[start:])
-    return wrong, right
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(rights, wrongs, strict=False)))
+    return "".join(wrongs[: alike + 1]), "".join(rights[alike:])

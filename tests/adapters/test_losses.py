@@ -144,6 +144,29 @@ def test_lemma_corrects_the_first_error(tokenizer: Tokenizer) -> None:
     assert words(tokenizer, learned, learned=False) == RECORD.prompt
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "error", "correction"),
+    [
+        ("a\nb\nc\n", "a\nc\n", "a\nc\n", "b\nc\n"),  # it lacks a line: the next one is out of place
+        ("a\nc\n", "a\nb\nc\n", "a\nb\n", "c\n"),  # it has one too many
+        ("a\nb\nc\n", "a\nb\n", "a\nb\n", "c\n"),  # it ends too early
+        ("a\nb\n", "x\nb\n", "x\n", "a\nb\n"),
+        ("b\nc\n", "c\nd\n", "c\n", "b\nc\n"),
+    ],
+)
+def test_what_is_corrected_is_wrong(right: str, wrong: str, error: str, correction: str) -> None:
+    assert split_at_error(right, wrong) == (error, correction)
+
+
+@given(st.lists(st.sampled_from("abc")), st.lists(st.sampled_from("abc")))
+def test_an_error_ends_with_the_first_line_that_differs(rights: list[str], wrongs: list[str]) -> None:
+    right, wrong = ("".join(f"{line}\n" for line in lines) for lines in (rights, wrongs))
+    error, correction = split_at_error(right, wrong)
+    assert wrong.startswith(error) and right.endswith(correction)
+    if rights != wrongs:
+        assert not right.startswith(error) or error == wrong, "a correction follows nothing that is right"
+
+
 def test_self_evaluation_learns_one_token(tokenizer: Tokenizer) -> None:
     table = SelfEvaluation(enabled=True, question="?", yes="Y", no="N", weight=3)
     made = maker(tokenizer, Transforms(self_evaluation=table)).samples([RECORD, replace(RECORD, another=False)])
