@@ -84,7 +84,9 @@ def _rounded(path: Path) -> Base:
     decoder, rounding = read_decoder(path), rounding_in(path)
     files = tuple(sorted(path.glob("*.safetensors")))
     tensors = {name: stored for file in files for name, stored in read_header(file).items()}
-    if missing := [name for name in decoder.tensors() if name not in tensors and f"{name}_packed" not in tensors]:
+    packed = {name: [f"{name.removesuffix('weight')}{key}" for key in PACKED] for name in decoder.tensors()}
+    wanted = [one for name, parts in packed.items() for one in (parts if parts[0] in tensors else [name])]
+    if missing := [name for name in wanted if name not in tensors]:
         raise AdapterDamageError(f"{path} lacks {', '.join(missing[:4])}: export it again")
     source = ModelDirectory(path=path, decoder=decoder, tensors=tensors, notes=())
     kind = "nemotron-nas" if uniform_obstacles(decoder) else decoder.family

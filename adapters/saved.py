@@ -70,7 +70,7 @@ def open_tuned(path: Path, base: "Base") -> "Attached":
     method: Method | None = read_table(Method, record["method"], "method", problems, kinds)
     if method is None:
         raise AdapterDamageError(f"{path / RECORD} describes no known method: {'; '.join(problems)}")
-    attached = method.attach(load_model(base), seed=int(record.get("seed", 0)))
+    attached = method.attach(load_model(base), seed=record.get("seed", 0))
     attached.load(path)
     return attached
 
@@ -118,7 +118,10 @@ def check_tuned(folder: Path) -> None:
 
 def check_files(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises AdapterDamageError if a file is not, byte for byte, what was written."""
-    for name, wanted in dict(record.get("files", {})).items():
+    files = record.get("files", {})
+    if not isinstance(files, Mapping):
+        raise AdapterDamageError(f"{folder / RECORD} lists no files: it is damaged. Tune again")
+    for name, wanted in files.items():
         file = folder / Path(name).name
         if not file.is_file() or _hash(file) != wanted:
             raise AdapterDamageError(f"{file} is missing or damaged: its bytes are not what {RECORD} says. Tune again")
@@ -128,6 +131,8 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads((path / RECORD).read_text())
         _ = record["base"]["path"], record["base"]["sha256"], record["method"]["kind"]
+        if not isinstance(record.get("seed", 0), int):
+            raise ValueError(f"seed is {record['seed']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterDamageError(f"{path / RECORD} cannot be read as what `refound tune` writes: {error}") from error
     return record

@@ -104,20 +104,30 @@ class Maker:
             self._words = {word: self._one_token(word) for word in _words(transforms.self_evaluation)}
 
     def samples(self, records: Sequence[Record]) -> list[Sample]:
-        """Raises DataError for records of which nothing is left within the length, with their lines."""
-        made, lost = [], []
+        """See `by_record`."""
+        return [sample for made in self.by_record(records) for sample in made]
+
+    def by_record(self, records: Sequence[Record]) -> list[list[Sample]]:
+        """The samples of each record.
+
+        Raises:
+            DataError: naming the lines of which nothing is left within the length, or, behind thinking, not all.
+        """
+        made, lost = [], dict[str, None]()
         for number, record in enumerate(records):
-            for build in self._builds(number):
-                sample = build(record)
-                if sample is None:
-                    lost.append(record.where)
-                else:
-                    made.append(sample)
+            found = [build(record) for build in self._builds(number)]
+            if None in found:
+                lost[record.where] = None
+            made.append([sample for sample in found if sample is not None])
         if lost:
             more = f" and {len(lost) - 6} more" if len(lost) > 6 else ""
+            thinking = self._transforms.elastic.enabled
+            what = (
+                "the completion does not fit behind its thinking" if thinking else "nothing of the completion is left"
+            )
             raise DataError(
-                f"{', '.join(lost[:6])}{more}: nothing of the completion is left within data.length = {self._length} "
-                "tokens. Raise it, or shorten the prompts"
+                f"{', '.join([*lost][:6])}{more}: {what} within data.length = {self._length} tokens. Raise it, or "
+                + ("lower transform.elastic.budgets" if thinking else "shorten the prompts")
             )
         return made
 
@@ -196,7 +206,8 @@ class Maker:
             Segment(ids=self._encode(record.completion), learn=True),
             self._end,
         ]
-        return sample_of(parts, length=self._length)
+        made = sample_of(parts, length=self._length)
+        return None if made is None or made.truncated else made  # an answer is what a budget is for
 
     def _one_token(self, word: str) -> int:
         ids = self._encode(word)

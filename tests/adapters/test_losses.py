@@ -185,6 +185,26 @@ def test_thinking_is_cut_after_its_budget_and_only_its_own_end_is_learned(tokeni
     assert len(cut.ids) < len(whole.ids)
 
 
+def test_an_answer_that_does_not_fit_behind_its_thinking_is_told(tokenizer: Tokenizer) -> None:
+    table = Transforms(elastic=Elastic(enabled=True, budgets=(60,), opening="<", closing=">"))
+    (whole,) = maker(tokenizer, table, length=400).samples([RECORD])
+    assert maker(tokenizer, table, length=len(whole.ids)).samples([RECORD]) == [whole]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the completion does not fit behind its thinking within data"):
+        maker(tokenizer, table, length=len(whole.ids) - 1).samples([RECORD])
+
+
+def test_what_is_cut_off_is_known(tokenizer: Tokenizer) -> None:
+    (whole,) = maker(tokenizer).samples([RECORD])
+    (cut,) = maker(tokenizer, length=len(whole.ids) - 1).samples([RECORD])
+    assert not whole.truncated and cut.truncated
+
+
+def test_the_content_of_a_sample_is_all_that_training_sees(tokenizer: Tokenizer) -> None:
+    (one,) = maker(tokenizer, pairs=True).samples([RECORD])
+    (other,) = maker(tokenizer, pairs=True).samples([replace(RECORD, wrong=WRONG.replace("*", "-"))])
+    assert one.ids == other.ids and one.content() != other.content()
+
+
 # --- lines ---------------------------------------------------------------------------------------------------------
 
 

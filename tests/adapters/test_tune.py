@@ -15,14 +15,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 from refound.adapters.base import load_model, open_base
+from refound.adapters.kinds import KINDS
+from refound.adapters.peft_methods import set_dropout
 from refound.adapters.ranks import lower_rank
-from refound.adapters.recipe import read_tune
+from refound.adapters.recipe import TuneRecipe, read_tune
 from refound.adapters.saved import open_tuned
-from refound.adapters.tune import tune
+from refound.adapters.tune import make_samples, plan_tune, tune
 from refound.cli import main
 from refound.distill.resume import STATE, state_folder
+from refound.distill.texts import open_tokenizer
+from refound.export.errors import OutputExistsError
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ..export.models import decoder, heterogeneous, write_model
@@ -234,6 +238,128 @@ def test_a_merge_into_int8_tells_what_rounding_takes(recipe: Path, base: Path, t
     assert exported.exit_code == 2 and "vllm serve" in exported.output and "refound adapter merge" in exported.output
     refused = refound("adapter", "merge", tmp_path / "out", "--into", base, "--out", tmp_path / "y")
     assert refused.exit_code == 2 and "is not rounded as" in refused.output
+
+
+def test_a_merge_is_into_the_rounding_of_the_very_base(recipe: Path, base: Path, tmp_path: Path) -> None:
+    assert refound("tune", recipe, "--set", "train.steps=1").exit_code == 0
+    other = write_model(tmp_path / "other", decoder(layers=2, tied=True), seed=9)
+    rounded = {}
+    for name, model in (("own", base), ("other", other)):
+        to = tmp_path / f"{name}-int8"
+        done = refound("export", model, "--to", "vllm", "--quantize", "int8", "--no-verify", "--out", to)
+        assert done.exit_code == 0, done.output
+        rounded[name] = to / "huggingface"
+
+    def merge(into: Path, out: str) -> Any:
+        return refound("adapter", "merge", tmp_path / "out", "--into", into, "--out", tmp_path / out, "--overwrite")
+
+    refused = merge(rounded["other"], "x")
+    assert refused.exit_code == 3 and "was rounded from other weights than those in" in refused.output, refused.output
+    replaced = refound("adapter", "merge", tmp_path / "out", "--into", rounded["own"], "--out", rounded["own"])
+    assert replaced.exit_code == 2 and "is --into" in replaced.output, replaced.output
+    assert merge(rounded["own"], "whole").exit_code == 0
+    again = merge(tmp_path / "whole", "again")
+    assert again.exit_code == 3, "a merge is no rounding of the base"
+
+    cut_in_two(rounded["own"])
+    assert merge(rounded["own"], "sharded").exit_code == 0
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) == 2
+    found = [logits(load_model(open_base(tmp_path / name))) for name in ("whole", "sharded")]
+    assert torch.equal(*found)
+    file = next(rounded["own"].glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    damaged = merge(rounded["own"], "y")
+    assert damaged.exit_code == 3 and damaged.exception.__class__ is SystemExit, damaged.output
+
+
+def cut_in_two(folder: Path) -> None:
+    """Its weights into two files, with an index."""
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    shards = {f"model-0000{part + 1}-of-00002.safetensors": sorted(tensors)[part::2] for part in (0, 1)}
+    for name, held in shards.items():
+        save_file({one: tensors[one] for one in held}, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {one: name for name, held in shards.items() for one in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("change", [{"files": ["a"]}, {"seed": "x"}, {"files": 3}])
+def test_a_mangled_record_is_damage(change: dict[str, Any], recipe: Path, tmp_path: Path) -> None:
+    method = "method={kind='parallel', width=8}"
+    assert refound("tune", recipe, "--set", method, "--set", "train.steps=1").exit_code == 0
+    record = tmp_path / "out" / "refound.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    done = refound("export", tmp_path / "out", "--to", "transformers", "--no-verify", "--out", tmp_path / "served")
+    assert done.exit_code == 3 and "refound.json" in done.output, done.output
+
+
+def write_lines(folder: Path, lines: list[dict[str, Any]]) -> Path:
+    file = folder / "lines.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def lines_of(count: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt": f"{n} + {n} = ", "completion": f"one\nis {2 * n}\n", "wrong": f"one\nis {3 * n + 1}\n"}
+        for n in range(count)
+    ]
+
+
+def on_lines(recipe: Path, file: Path, *settings: str) -> TuneRecipe:
+    return read_tune(recipe, [f"data.sources=['{file}']", "data.length=64", "train.epochs=1", *settings])
+
+
+def test_records_are_held_out_with_all_that_is_made_of_them(recipe: Path, base: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path, lines_of(8))
+    wanted = on_lines(recipe, file, "transform.lemma={enabled=true, mode='both'}", "data.held_out=3")
+    parts = make_samples(wanted, open_base(base), eos=1)
+    tokenizer = open_tokenizer(base)
+    said = [{tokenizer.decode(one.ids).partition("=")[0] for one in part} for part in parts]
+    assert [len(part) for part in parts] == [15, 9]
+    assert [len(prompts) for prompts in said] == [5, 3] and not said[0] & said[1]
+
+
+def test_another_wrong_answer_makes_another_run(recipe: Path, tmp_path: Path) -> None:
+    lines = lines_of(6)
+    file = write_lines(tmp_path, lines)
+    wanted = on_lines(recipe, file, "loss.fait.enabled=true", "train.steps=1")
+    tune(wanted, lambda line: None)
+    said: list[str] = []
+    tune(wanted, said.append)
+    assert any("is the result of this very run already" in line for line in said)
+    write_lines(tmp_path, [*lines[:3], lines[3] | {"wrong": "none\n"}, *lines[4:]])
+    with pytest.raises(OutputExistsError):
+        tune(wanted, said.append)
+
+
+def test_a_dry_run_counts_what_is_cut(recipe: Path, tmp_path: Path) -> None:
+    lines = [line | {"completion": "a b c d e " * (30 if n < 2 else 1)} for n, line in enumerate(lines_of(6))]
+    plan = plan_tune(on_lines(recipe, write_lines(tmp_path, lines)))
+    assert plan.truncated == 2 and "2 of them are longer than data.length, and cut" in plan.to_text()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "vera"])
+def test_dropout_acts_while_it_is_trained_and_not_after(kind: str, base: Path) -> None:
+    attached = KINDS[kind](rank=4, dropout=0.5).attach(load_model(open_base(base)), seed=0)
+    with torch.no_grad():
+        for parameter in attached.trained().values():
+            parameter.add_(0.3)
+
+    def drawn(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return logits(attached.model)
+
+    set_dropout(attached.model, True)
+    assert not torch.equal(drawn(1), drawn(2)) and torch.equal(drawn(1), drawn(1))
+    set_dropout(attached.model, False)
+    assert torch.equal(drawn(1), drawn(2))
+    assert not any(isinstance(module, torch.nn.Linear) and module.training for module in base_layers(attached.model))
+
+
+def base_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith("base_layer")]
 
 
 # --- what cannot be ------------------------------------------------------------------------------------------------
