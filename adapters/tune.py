@@ -7,7 +7,9 @@ and ends with the bits of an undisturbed run.
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from ..distill.config import digest
+from ..distill.errors import DamagedFileError
 from ..distill.exclusive import only_one
 from ..distill.follow import Course, Follower, TrainedPart
 from ..distill.loop import eos_of
-from ..distill.resume import state_folder
+from ..distill.proven import read_proven
+from ..distill.resume import STATE, state_folder
 from ..distill.texts import open_tokenizer, pack
 from ..export.atomic import require_absent
 from .base import Base, load_model, open_base
@@ -28,9 +32,11 @@ from .errors import AdapterError, DataError, NotServableError
 from .losses import Hook, fait_hook, static_weights, token_loss
 from .method import Attached
 from .peft_methods import set_dropout
+from .places import keep_inputs
 from .recipe import TuneRecipe
+from .serving import check_length, how_served, refuse_base, refuse_engines
 from .transforms import Maker
-from .write import Tuned, finished, write_tuned
+from .write import Tuned, finished, state_of, write_tuned
 
 Progress = Callable[[str], None]
 
@@ -68,15 +74,6 @@ class TunePlan:
         )
 
 
-SERVED = {
-    "lora": "beside the base, as a PEFT directory and a GGUF adapter",
-    "rslora": "beside the base, as a PEFT directory and a GGUF adapter",
-    "dora": "merged into the base; nearest beside it: the LoRA in lora/",
-    "pruned-lora": "a smaller base in base/ and a LoRA for it in lora/; merged and sliced as a model",
-    "vera": "merged into the base; beside it exactly as the LoRA in lora/",
-}
-
-
 def run_tune(recipe: TuneRecipe, progress: Progress, *, overwrite: bool = False) -> Tuned | None:
     """`tune` on all ranks of this process's torchrun; None on ranks other than the first."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -104,14 +101,45 @@ def tune(recipe: TuneRecipe, progress: Progress, *, overwrite: bool = False) -> 
     """
     out = Path(recipe.out)
     run = _Run(recipe)
-    if (done := finished(out, run.digest)) is not None:
-        progress(f"{out} is the result of this very run already")
-        return done
-    require_absent(out, overwrite=overwrite)
-    if dist.is_initialized():
+    with _held(out):
+        if (done := finished(out, run.digest)) is not None:
+            progress(f"{out} is the result of this very run already")
+            return done
+        require_absent(out, overwrite=overwrite)
         return run.train(out, progress, overwrite=overwrite)
-    with only_one(state_folder(out), "tuning", "--set out=…", taken=_Taken, unwritable=_Unwritable):
-        return run.train(out, progress, overwrite=overwrite)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The first rank holds what the state lies in, and clears away what is left of a run whose result is there."""
+    folder, together = state_folder(out), dist.is_initialized() and dist.get_world_size() > 1
+    problem: AdapterError | None = None
+    with ExitStack() as held:
+        if first := not together or dist.get_rank() == 0:
+            try:
+                held.enter_context(only_one(folder, "tuning", "--set out=…", taken=_Taken, unwritable=_Unwritable))
+                _clear_left(out, folder)
+            except (_Taken, _Unwritable) as error:
+                problem = error
+        if together:
+            failed = torch.tensor(int(problem is not None))
+            dist.broadcast(failed, 0)
+            if failed and problem is None:
+                problem = _Taken(f"the first rank could not take {folder}")
+        if problem is not None:
+            raise problem
+        yield
+        if first and not (folder / STATE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_left(out: Path, folder: Path) -> None:
+    """A run that was killed once it had written its result leaves a state that no other run could use."""
+    if (state := state_of(out)) is None:
+        return
+    with suppress(DamagedFileError, OSError, KeyError):
+        if read_proven(folder / STATE)[1]["run"] == state:
+            (folder / STATE).unlink()
 
 
 class _Taken(AdapterError):
@@ -126,6 +154,10 @@ class _Run:
     def __init__(self, recipe: TuneRecipe) -> None:
         self._recipe = recipe
         self._base = open_base(recipe.base)
+        sources = {f"data.sources[{n}]": Path(one) for n, one in enumerate(recipe.data.sources) if Path(one).is_file()}
+        keep_inputs(Path(recipe.out), {"the base": self._base.path, **sources})
+        refuse_base(recipe.kind, self._base)
+        check_length(recipe, self._base)
         self._eos = _eos(self._base)
         self._samples, self._held_out = make_samples(recipe, self._base, self._eos)
         told = {key: value for key, value in recipe.to_json().items() if key not in ("out", "engines")}
@@ -134,6 +166,7 @@ class _Run:
         model = load_model(self._base, dtype=getattr(torch, recipe.train.dtype))
         self._size = sum(parameter.numel() for parameter in model.parameters())
         self._attached: Attached = recipe.method.attach(model, seed=recipe.seed)
+        refuse_engines(recipe, self._base, self._attached)
 
     @property
     def _steps(self) -> int:
@@ -147,12 +180,25 @@ class _Run:
     @property
     def _served(self) -> str:
         """How; or why not, which nobody should learn after the training."""
-        if told := SERVED.get(self._recipe.kind):
-            return told
         try:
-            return f"{self._attached.recast().how} into the base, as a model"
+            return how_served(self._recipe.kind, self._base, self._attached)
         except NotServableError as error:
             return f"not: {error}"
+
+    @property
+    def _course(self) -> Course:
+        train = self._recipe.train
+        return Course(
+            steps=self._steps,
+            batch=train.batch,
+            lr=train.lr,
+            warmup=train.warmup,
+            schedule="linear" if train.schedule == "linear" else "cosine",
+            weight_decay=train.weight_decay,
+            betas=(0.9, 0.999),
+            save_every=train.save_every,
+            seed=self._recipe.seed,
+        )
 
     def plan(self) -> TunePlan:
         return TunePlan(
@@ -170,18 +216,7 @@ class _Run:
         )
 
     def train(self, out: Path, progress: Progress, *, overwrite: bool) -> Tuned:
-        train = self._recipe.train
-        course = Course(
-            steps=self._steps,
-            batch=train.batch,
-            lr=train.lr,
-            warmup=train.warmup,
-            schedule="linear" if train.schedule == "linear" else "cosine",
-            weight_decay=train.weight_decay,
-            betas=(0.9, 0.999),
-            save_every=train.save_every,
-            seed=self._recipe.seed,
-        )
+        course = self._course
         before = self._measure()
         part = TrainedPart(self._attached.trained(), self._attached.changing())
         samples = len(self._samples)
@@ -204,7 +239,10 @@ class _Run:
             served=self._served,
         )
         if not dist.is_initialized() or dist.get_rank() == 0:
-            tuned = write_tuned(self._recipe, self._base, self._attached, tuned, run=self.digest, overwrite=overwrite)
+            state = digest([self.digest, course])  # as Follower calls it
+            tuned = write_tuned(
+                self._recipe, self._base, self._attached, tuned, run=self.digest, state=state, overwrite=overwrite
+            )
         if dist.is_initialized():
             dist.barrier()  # what a rank has not written yet may still be lost, and is restored
         follower.close()

@@ -43,11 +43,12 @@ class Tuned:
 
 
 def write_tuned(
-    recipe: TuneRecipe, base: Base, attached: Attached, tuned: Tuned, *, run: str, overwrite: bool
+    recipe: TuneRecipe, base: Base, attached: Attached, tuned: Tuned, *, run: str, state: str, overwrite: bool
 ) -> Tuned:
     """Write `recipe.out`; what was done, with notes on what lies there.
 
     run: which run it is the result of, for `finished`.
+    state: what its state on disk is called, for `state_of`.
 
     Raises:
         OutputExistsError, OutputSpaceError: see `export.atomic`.
@@ -62,7 +63,7 @@ def write_tuned(
         tuned = replace(tuned, notes=notes)
         (folder / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=2) + "\n")
         method = record_of(recipe.method, recipe.kind)
-        told = {"run": run, **tuned.to_json()}
+        told = {"run": run, "state": state, **tuned.to_json()}
         write_record(folder, {"base": of, "method": method, "seed": recipe.seed, "tuned": told})
     return tuned
 
@@ -105,6 +106,16 @@ def finished(out: Path, run: str) -> Tuned | None:
         told = json.loads((out / RECORD).read_text())["tuned"]
         if told.pop("run") != run:
             return None
+        told.pop("state", None)
         return Tuned(**told | {"notes": tuple(told["notes"]), "out": str(out)})
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def state_of(out: Path) -> str | None:
+    """What the state of the run was called whose result is in `out`; None if that is something else."""
+    try:
+        found = json.loads((out / RECORD).read_text())["tuned"]["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from refound.adapters.recipe import TuneRecipe, read_tune
 from refound.adapters.saved import open_tuned
 from refound.adapters.tune import make_samples, plan_tune, tune
 from refound.cli import main
+from refound.distill.exclusive import only_one
+from refound.distill.follow import Follower
 from refound.distill.resume import STATE, state_folder
 from refound.distill.texts import open_tokenizer
 from refound.export.errors import OutputExistsError
@@ -29,7 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ..export.models import decoder, heterogeneous, write_model
+from ..export.models import decoder, heterogeneous, write_model, write_tokenizer
+from .families import write_family
 
 RECIPE = """
 base = "{base}"
@@ -82,27 +83,87 @@ def test_a_killed_run_ends_with_the_bits_of_the_undisturbed_one(recipe: Path, tm
     told = json.loads(whole.stdout)
     assert told["after"] < told["before"] and told["steps"] == 9
 
-    command = [sys.executable, "-m", "refound", "tune", str(recipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith("step 5 "):  # a state of step 4 is on disk
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.stderr.close()
-    assert process.wait() == -signal.SIGKILL
+    killed_while(recipe, "step 5 ")  # before its state is taken: that of step 4 is on disk
     state = state_folder(tmp_path / "out") / STATE
     with safe_open(state, framework="pt") as opened:
         names = [name for name in opened.keys() if name.startswith("model.")]  # noqa: SIM118
     assert names and all("lora_" in name for name in names), "the base is in no snapshot"
     again = refound("tune", recipe)
     assert again.exit_code == 0, again.output
-    assert "going on from step 4 of 9" in again.output or "going on from step 5 of 9" in again.output
+    assert "going on from step 4 of 9" in again.output
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     assert not state.exists()
     third = refound("tune", recipe)
     assert third.exit_code == 0 and "is the result of this very run already" in third.output
+
+
+def killed_while(recipe: Path, says: str) -> None:
+    """A process of its own tunes, and kills itself when it says this."""
+
+    def stop(line: str) -> None:
+        if line.startswith(says):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        signal.alarm(300)  # so that nobody waits for ever
+        try:
+            tune(read_tune(recipe), stop)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("then", ["the same", "another"])
+def test_a_run_that_is_killed_once_its_result_is_there_leaves_no_state(
+    then: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Follower, "close", lambda follower: (_ for _ in ()).throw(_Stopped))
+        with pytest.raises(_Stopped):
+            tune(read_tune(recipe), lambda line: None)
+    folder = state_folder(tmp_path / "out")
+    assert (folder / STATE).is_file() and (tmp_path / "out").is_dir()
+    if then == "the same":
+        assert "is the result of this very run already" in refound("tune", recipe).output
+    else:
+        done = refound("tune", recipe, "--overwrite", "--set", "seed=5")
+        assert done.exit_code == 0 and "going on" not in done.output, done.output
+    assert not folder.exists()
+
+
+def test_the_state_of_another_run_is_kept_and_told(recipe: Path, tmp_path: Path) -> None:
+    assert refound("tune", recipe, "--set", "train.steps=1").exit_code == 0
+
+    def stop(line: str) -> None:
+        if line.startswith("step 3 "):
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        tune(read_tune(recipe), stop, overwrite=True)
+    state = state_folder(tmp_path / "out") / STATE
+    assert "very run already" in refound("tune", recipe, "--set", "train.steps=1").output and state.is_file()
+    other = refound("tune", recipe, "--overwrite", "--set", "seed=5")
+    assert other.exit_code == 3 and "Choose another place" in other.output, other.output
+    assert "going on from step 2" in refound("tune", recipe, "--overwrite").output
+
+
+def test_one_at_a_time_tunes_into_a_place(recipe: Path, tmp_path: Path) -> None:
+    holder = only_one(state_folder(tmp_path / "out"), "tuning", "", taken=ValueError, unwritable=ValueError)
+    with holder:
+        done = refound("tune", recipe)
+    assert done.exit_code == 3 and "another tuning writes" in done.output, done.output
+
+
+@pytest.mark.parametrize("out", ["base", "holds", "data"])
+def test_what_it_is_made_of_is_never_replaced(out: str, recipe: Path, base: Path, tmp_path: Path) -> None:
+    place = {"base": base, "holds": base.parent, "data": tmp_path}[out]
+    file = write_lines(tmp_path, lines_of(8))
+    before = {path: path.read_bytes() for path in (*base.iterdir(), file)}
+    settings = [f"out={place}", f"data.sources=['{file}']"]
+    done = refound("tune", recipe, "--overwrite", *[part for setting in settings for part in ("--set", setting)])
+    assert done.exit_code == 2 and "and would be replaced" in done.output, done.output
+    assert {path: path.read_bytes() for path in before} == before
 
 
 class _Stopped(Exception):
@@ -229,7 +290,7 @@ def test_a_merge_into_int8_tells_what_rounding_takes(recipe: Path, base: Path, t
     # trained on the rounded weights themselves
     plain = load_model(open_base(rounded))
     assert torch.allclose(logits(plain), logits(read["before"]), atol=1e-5)
-    settings = [f"base={rounded}", f"out={tmp_path / 'on-int8'}", "train.lr=0.05"]
+    settings = [f"base={rounded}", f"out={tmp_path / 'on-int8'}", "train.lr=0.05", "engines=['vllm']"]
     done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)], "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["after"] < json.loads(done.stdout)["before"], done.output
     beside = refound("adapter", "merge", tmp_path / "on-int8", "--into", rounded, "--out", tmp_path / "z")
@@ -398,6 +459,7 @@ def test_every_mistake_is_told_at_once(recipe: Path) -> None:
             2,
             "'q_prj' (did you mean 'q_proj'?). This model has down_proj, gate_proj",
         ),
+        (["method.targets=['lm_head']"], 2, "has the weights of the input embedding here"),
         (["data.sources=['bibel']"], 1, "did you mean 'bible'"),
         (["data.sources=['lines.jsonl']"], 2, "line 2 has an empty completion"),
         (["base=nowhere"], 1, "nowhere is not there"),
@@ -411,6 +473,78 @@ def test_what_is_wrong_is_told_by_a_dry_run(
     done = refound("tune", recipe, "--dry-run", *[part for setting in settings for part in ("--set", setting)])
     assert done.exit_code == code and told in done.output, done.output
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def rounded(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("rounded")
+    done = refound("export", base, "--to", "vllm", "--quantize", "int8", "--no-verify", "--out", out / "q")
+    assert done.exit_code == 0, done.output
+    return out / "q" / "huggingface"
+
+
+@pytest.mark.parametrize(
+    ("method", "code", "told"),
+    [
+        ("{kind='lora', rank=4}", 0, "beside the base, as a PEFT directory; merged into it by `refound adapter merge`"),
+        ("{kind='dora', rank=4}", 0, "as its nearest LoRA, in lora/"),
+        ("{kind='vera', rank=4}", 0, "as the LoRA that it is, in lora/"),
+        ("{kind='parallel', width=8}", 0, "not: weights of INT8 take in a LoRA only"),
+        ("{kind='series', width=8, activation='linear'}", 0, "not: weights of INT8 take in a LoRA only"),
+        ("{kind='pruned-lora', rank=4}", 2, "of which nothing can be cut away"),
+    ],
+)
+def test_a_dry_run_tells_what_a_rounded_base_takes(
+    method: str, code: int, told: str, recipe: Path, rounded: Path
+) -> None:
+    settings = [f"method={method}", f"base={rounded}", "engines=[]"]
+    done = refound("tune", recipe, "--dry-run", *[part for setting in settings for part in ("--set", setting)])
+    assert done.exit_code == code and told in done.output and "GGUF" not in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("method", "engines", "told"),
+    [
+        ("{kind='prefix', tokens=3}", "['vllm']", "a trained prefix is keys and values"),
+        ("{kind='series', width=8}", "['transformers']", "a series adapter that is not linear"),
+        ("{kind='parallel', width=8, placement='both', activation='relu'}", "['vllm']", "an adapter at attention"),
+    ],
+)
+def test_what_a_named_engine_does_not_serve_is_refused_before(
+    method: str, engines: str, told: str, recipe: Path, tmp_path: Path
+) -> None:
+    square = write_model(tmp_path / "square", decoder(layers=2, head_dim=16))
+    settings = [f"method={method}", f"engines={engines}", f"base={square}"]
+    done = refound("tune", recipe, "--dry-run", *[part for setting in settings for part in ("--set", setting)])
+    assert done.exit_code == 2 and told in done.output and "leave engines out" in done.output, done.output
+
+
+def test_a_rounded_base_is_for_engines_that_load_it(recipe: Path, rounded: Path) -> None:
+    done = refound("tune", recipe, "--dry-run", "--set", f"base={rounded}")
+    assert done.exit_code == 2 and "llama.cpp cannot load weights rounded" in done.output, done.output
+
+
+@pytest.mark.parametrize("kind", ["lora", "vera", "series"])
+def test_a_family_that_is_not_exported_promises_no_engine(kind: str, recipe: Path, tmp_path: Path) -> None:
+    base = write_family(tmp_path / "opt", "opt")
+    write_tokenizer(base)
+    method = "{kind='series', width=8, activation='linear'}" if kind == "series" else f"{{kind='{kind}', rank=4}}"
+    settings = [f"method={method}", f"base={base}"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    done = refound("tune", recipe, "--dry-run", *given, "--set", "engines=[]")
+    assert done.exit_code == 0 and "does not write opt models" in done.output, done.output
+    assert "GGUF" not in done.output and ("served: not:" in done.output) == (kind == "series")
+    refused = refound("tune", recipe, "--dry-run", *given)
+    assert refused.exit_code == 2 and "does not write opt models" in refused.output, refused.output
+
+
+@pytest.mark.parametrize("prefix", [0, 10])
+def test_samples_are_no_longer_than_the_base_has_positions(prefix: int, recipe: Path, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "square", decoder(layers=2, head_dim=16))
+    settings = [f"base={base}", f"data.length={257 - prefix}", "engines=[]"]
+    settings += [f"method={{kind='prefix', tokens={prefix}}}"] if prefix else []
+    done = refound("tune", recipe, "--dry-run", *[part for setting in settings for part in ("--set", setting)])
+    assert done.exit_code == 2 and "has 256 positions" in done.output, done.output
 
 
 def test_a_dry_run_says_what_would_be_trained(recipe: Path, tmp_path: Path) -> None:
@@ -464,7 +598,8 @@ def test_a_prefix_is_refused_with_the_nearest_that_is_served(recipe: Path, tmp_p
     other = tmp_path / "square"
     write_model(other, decoder(layers=2, head_dim=16))
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    done = refound("tune", recipe, "--set", "method={kind='prefix', tokens=3}", "--set", f"base={other}")
+    settings = ["method={kind='prefix', tokens=3}", f"base={other}", "engines=[]"]
+    done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)])
     assert done.exit_code == 0 and "served: not: a trained prefix is keys and values" in done.output, done.output
     served = refound("export", tmp_path / "out", "--to", "transformers", "--no-verify")
     assert served.exit_code == 3 and 'Nearest that is served: kind = "lora"' in served.output
