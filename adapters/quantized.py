@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from ..distill.save import RECORD
 from ..export.atomic import fresh_directory
 from ..export.compressed import PACKED, Rounding
 from ..export.directory import COMPANIONS, INDEX
 from .base import Base, open_base
 from .errors import AdapterDamageError, BaseMismatchError, TuneUsageError
 from .ranks import Pairs
-from .saved import RECORD, write_record
+from .saved import write_record
 
 
 @dataclass(frozen=True, kw_only=True)

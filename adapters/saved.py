@@ -5,20 +5,19 @@ refound.json names the base with its hash, the method with all settings, and how
 files lie beside it. Kinds that servers take beside the base are PEFT directories; the others become models.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..distill.save import RECORD, file_sha256
 from .errors import AdapterDamageError
 
 if TYPE_CHECKING:
     from .base import Base
     from .method import Attached, Recast
 
-RECORD = "refound.json"
 SCHEMA = 1
 
 
@@ -100,7 +99,7 @@ def served_model(path: Path, like: Path | None, folder: Path) -> Iterator[tuple[
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """refound.json, with the hashes of the files beside it."""
-    files = {file.name: _hash(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    files = {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
     (folder / RECORD).write_text(json.dumps({"schema": SCHEMA, **record, "files": files}, indent=2) + "\n")
 
 
@@ -123,7 +122,7 @@ def check_files(folder: Path, record: Mapping[str, Any]) -> None:
         raise AdapterDamageError(f"{folder / RECORD} lists no files: it is damaged. Tune again")
     for name, wanted in files.items():
         file = folder / Path(name).name
-        if not file.is_file() or _hash(file) != wanted:
+        if not file.is_file() or file_sha256(file) != wanted:
             raise AdapterDamageError(f"{file} is missing or damaged: its bytes are not what {RECORD} says. Tune again")
 
 
@@ -136,8 +135,3 @@ def _record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterDamageError(f"{path / RECORD} cannot be read as what `refound tune` writes: {error}") from error
     return record
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

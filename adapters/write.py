@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..distill.save import RECORD
 from ..export.atomic import fresh_directory
 from .base import Base, open_base, write_recast
 from .method import Attached, record_of
@@ -14,7 +15,7 @@ from .peft_methods import Dora, PeftAttached, Vera, write_lora
 from .prune import PrunedAttached
 from .ranks import nearest_lora, vera_as_lora
 from .recipe import TuneRecipe
-from .saved import RECORD, write_record
+from .saved import write_record
 
 
 @dataclass(frozen=True, kw_only=True)

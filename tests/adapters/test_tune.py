@@ -434,19 +434,24 @@ def test_the_recipes_that_come_along_can_be_read(root: Path) -> None:
 
 
 def test_every_mistake_is_told_at_once(recipe: Path) -> None:
-    settings = ["method.rnk=3", "train.batch=0", "data.sources=['a.jsonl', 'bible']", "engines=['vlm']", "bse=1"]
+    settings = ["method.rnk=3", "bse=1", "train.epochs='two'", "train.batch=0", "data.sources=['a.jsonl', 'bible']"]
+    settings += ["engines=['vlm']", "method.dropout=2"]
     done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)])
     assert done.exit_code == 2
-    assert "unknown key method.rnk" in done.output and "unknown key bse; did you mean 'base'" in done.output
-    settings = ["method.rank=1024", "train.batch=0", "data.sources=['a.jsonl', 'bible']", "method.dropout=2"]
-    done = refound("tune", recipe, *[part for setting in settings for part in ("--set", setting)])
     for told in (
-        "method.rank is 1024 and vLLM serves LoRA up to rank 512",
+        "unknown key method.rnk",
+        "unknown key bse; did you mean 'base'",
+        "train.epochs is 'two'",
         "train.batch is 0",
         "mixes .jsonl files with text",
+        "unknown engine 'vlm'; did you mean 'vllm'",
         "method.dropout is 2",
     ):
-        assert told in done.output
+        assert told in done.output, told
+    done = refound("tune", recipe, "--set", "method.rank=1024")
+    assert done.exit_code == 2 and "method.rank is 1024 and vLLM serves LoRA up to rank 512" in done.output
+    done = refound("tune", recipe, "--set", "method.kind=lorra", "--set", "train.batch=0")
+    assert "train.batch is 0" in done.output
     done = refound("tune", recipe, "--set", "method.kind=lorra")
     assert done.exit_code == 2 and "did you mean 'lora'" in done.output
 
