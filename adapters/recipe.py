@@ -111,7 +111,7 @@ def _readable(kind: Any, raw: Any, variants: Variants) -> dict[str, Any]:
     """The keys that are known and whose values can be read, with the first method where there is none."""
     found = dict[str, Any]()
     for key, value in raw.items() if isinstance(raw, dict) else ():
-        hint = typing.get_type_hints(kind).get(key)
+        hint: Any = typing.get_type_hints(kind).get(key)
         if hint in variants and isinstance(value, dict) and value.get("kind") in variants[hint]:
             name = value["kind"]
             found[key] = {"kind": name} | _readable(variants[hint][name], value, variants)
