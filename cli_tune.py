@@ -68,10 +68,12 @@ def compress(source: Path, rank: int, out: Path, like: Path | None, overwrite: b
       refound adapter compress runs/tune --rank 8 --out runs/rank8
     """
     from .adapters.base import open_base
+    from .adapters.places import keep_inputs
     from .adapters.ranks import compress as run
     from .export.adapter import base_of
 
     base = open_base(like or base_of(source))
+    keep_inputs(out, {"the adapter": source, "its base": base.path})
     found = run(
         _lora(source, base), rank, {"path": str(base.path), "sha256": base.fingerprint()}, out, overwrite=overwrite
     )
@@ -95,12 +97,17 @@ def merge(source: Path, into: Path, out: Path, like: Path | None, overwrite: boo
       refound adapter merge runs/tune --into MODEL-export/huggingface --out runs/merged-int4
     """
     from .adapters.base import open_base
-    from .adapters.quantized import merge_quantized
+    from .adapters.places import keep_inputs
+    from .adapters.quantized import check_rounded_from, merge_quantized, rounding_in
     from .adapters.ranks import pairs_of
     from .export.adapter import base_of
 
     base = open_base(like or base_of(source))
-    found = merge_quantized(into, pairs_of(_lora(source, base)), out, overwrite=overwrite)
+    keep_inputs(out, {"the adapter": source, "--into": into, "its base": base.path})
+    lora = _lora(source, base)
+    rounding_in(into)
+    check_rounded_from(into, base)
+    found = merge_quantized(into, pairs_of(lora), out, overwrite=overwrite)
     told = {"schema": 1, "out": str(out), **found.to_json()}
     click.echo(json.dumps(told, indent=2) if as_json else f"{found}\n{out}")
 

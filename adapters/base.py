@@ -4,7 +4,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ class Base:
     files: tuple[Path, ...]
     rounding: Rounding | None = None
     """How its matrices are rounded, if they are. Then `source` holds what is packed, under other names."""
+
+    @property
+    def positions(self) -> int | None:
+        """That it was made for; None: it says no number."""
+        if self.source is not None:
+            return self.source.decoder.max_positions
+        found = json.loads((self.path / "config.json").read_text()).get("max_position_embeddings")
+        return found if isinstance(found, int) else None
 
     def fingerprint(self) -> str:
         """SHA-256 over configuration, weights and companions, as `ModelDirectory.fingerprint`."""
@@ -84,7 +92,9 @@ def _rounded(path: Path) -> Base:
     decoder, rounding = read_decoder(path), rounding_in(path)
     files = tuple(sorted(path.glob("*.safetensors")))
     tensors = {name: stored for file in files for name, stored in read_header(file).items()}
-    if missing := [name for name in decoder.tensors() if name not in tensors and f"{name}_packed" not in tensors]:
+    packed = {name: [f"{name.removesuffix('weight')}{key}" for key in PACKED] for name in decoder.tensors()}
+    wanted = [one for name, parts in packed.items() for one in (parts if parts[0] in tensors else [name])]
+    if missing := [name for name in wanted if name not in tensors]:
         raise AdapterDamageError(f"{path} lacks {', '.join(missing[:4])}: export it again")
     source = ModelDirectory(path=path, decoder=decoder, tensors=tensors, notes=())
     kind = "nemotron-nas" if uniform_obstacles(decoder) else decoder.family
@@ -195,12 +205,25 @@ def write_recast(base: Base, recast: Recast, to: Path, *, record: Mapping[str, A
         config[BLOCKS[base.model_type].width_key] = width
     with fresh_directory(to, overwrite=overwrite) as folder:
         tensors = {name: tensor for file in base.files for name, tensor in load_file(file).items()}
-        save_file(_with(recast, tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        named = replace(recast, weights=_stored_names(base, recast.weights, tensors))
+        save_file(_with(named, tensors), folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for name in COMPANIONS:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, folder / name)
         (folder / RECORD).write_text(json.dumps({"schema": 1, **record}, indent=2) + "\n")
+
+
+def check_recast(base: Base, recast: Recast) -> None:
+    """Raises AdapterDamageError if it changes what is not in the base's files, which `write_recast` would find too."""
+    stored = {name for file in base.files for name in read_header(file)}
+    _missing(_stored_names(base, recast.weights, stored), stored)
+
+
+def _stored_names(base: Base, weights: Mapping[str, Any], stored: Collection[str]) -> dict[str, Any]:
+    """By the names in the files: those of a bare model lack the part before the first dot, as BLOOM's on the hub do."""
+    prefix = BLOCKS[base.model_type].layers.partition(".")[0] + "."
+    return {name if name in stored else name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def reshaped(decoder: Decoder, recast: Recast) -> Decoder:
@@ -216,6 +239,10 @@ def reshaped(decoder: Decoder, recast: Recast) -> Decoder:
 
 
 def _with(recast: Recast, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if unknown := [name for name in recast.weights if name not in tensors]:
-        raise AdapterDamageError(f"the base has no {', '.join(unknown[:4])} in its files, and the adapter changes it")
+    _missing(recast.weights, tensors)
     return tensors | {name: new.to(tensors[name].dtype).contiguous() for name, new in recast.weights.items()}
+
+
+def _missing(changed: Collection[str], stored: Collection[str]) -> None:
+    if unknown := [name for name in changed if name not in stored]:
+        raise AdapterDamageError(f"the base has no {', '.join(unknown[:4])} in its files, and the adapter changes it")

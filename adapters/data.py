@@ -60,6 +60,12 @@ class Sample:
     marks: dict[str, list[bool]]
     wrong: "Sample | None" = None
     """The wrong answer to the same prompt, marked where it differs."""
+    truncated: bool = False
+    """Whether its end was cut off."""
+
+    def content(self) -> list[Any]:
+        """All that training sees of it, as plain values."""
+        return [self.ids, self.learn, self.weights, self.marks, self.wrong.content() if self.wrong else None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +156,14 @@ def sample_of(segments: Sequence[Segment], *, length: int, wrong: "Sample | None
     cut = {level: flags[:length] for level, flags in marks.items()}
     if not any(learn[1:length]):
         return None
-    return Sample(ids=ids[:length], learn=learn[:length], weights=weights[:length], marks=cut, wrong=wrong)
+    return Sample(
+        ids=ids[:length],
+        learn=learn[:length],
+        weights=weights[:length],
+        marks=cut,
+        wrong=wrong,
+        truncated=len(ids) > length,
+    )
 
 
 def window_sample(ids: Sequence[int]) -> Sample:

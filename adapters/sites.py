@@ -9,6 +9,7 @@ Sources: `modeling_*.py` of transformers.
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -137,9 +138,10 @@ def find_targets(model: torch.nn.Module, wanted: Sequence[str]) -> list[str]:
     """The names of the linear modules that `wanted` means: "attention", "mlp", or the end of a name as "q_proj".
 
     Raises:
-        TargetsError: naming what matches nothing, with what the model has.
+        TargetsError: naming what matches nothing, with what the model has; or an output that is the embedding too.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    modules: dict[str, Any] = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
     groups = {
         part: {name for site in sites(model, [part]) for name in (*site.entries, site.exit)}
         for part in ("attention", "mlp")
@@ -159,5 +161,12 @@ def find_targets(model: torch.nn.Module, wanted: Sequence[str]) -> list[str]:
         raise TargetsError(
             f"targets match no linear module: {', '.join(hints) or 'none are named'}. This model has "
             f"{', '.join(ends)}; 'attention' and 'mlp' mean those of these subblocks"
+        )
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    tied = [name for name in found if embedding is not None and modules[name].weight is embedding.weight]
+    if tied:
+        raise TargetsError(
+            f"targets name {tied[0]}, which has the weights of the input embedding here: what is merged into one would "
+            "change the other. Leave it out"
         )
     return [name for name in linears if name in found]

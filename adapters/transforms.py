@@ -11,9 +11,9 @@ Each transform is a table of a recipe with a switch, `enabled`, and adds to what
   the end is learned only where thinking came to it by itself.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from .data import Record, Sample, Segment, sample_of
@@ -104,20 +104,30 @@ class Maker:
             self._words = {word: self._one_token(word) for word in _words(transforms.self_evaluation)}
 
     def samples(self, records: Sequence[Record]) -> list[Sample]:
-        """Raises DataError for records of which nothing is left within the length, with their lines."""
-        made, lost = [], []
+        """See `by_record`."""
+        return [sample for made in self.by_record(records) for sample in made]
+
+    def by_record(self, records: Sequence[Record]) -> list[list[Sample]]:
+        """The samples of each record.
+
+        Raises:
+            DataError: naming the lines of which nothing is left within the length, or, behind thinking, not all.
+        """
+        made, lost = [], dict[str, None]()
         for number, record in enumerate(records):
-            for build in self._builds(number):
-                sample = build(record)
-                if sample is None:
-                    lost.append(record.where)
-                else:
-                    made.append(sample)
+            found = [build(record) for build in self._builds(number)]
+            if None in found:
+                lost[record.where] = None
+            made.append([sample for sample in found if sample is not None])
         if lost:
             more = f" and {len(lost) - 6} more" if len(lost) > 6 else ""
+            thinking = self._transforms.elastic.enabled
+            what = (
+                "the completion does not fit behind its thinking" if thinking else "nothing of the completion is left"
+            )
             raise DataError(
-                f"{', '.join(lost[:6])}{more}: nothing of the completion is left within data.length = {self._length} "
-                "tokens. Raise it, or shorten the prompts"
+                f"{', '.join([*lost][:6])}{more}: {what} within data.length = {self._length} tokens. Raise it, or "
+                + ("lower transform.elastic.budgets" if thinking else "shorten the prompts")
             )
         return made
 
@@ -196,7 +206,8 @@ class Maker:
             Segment(ids=self._encode(record.completion), learn=True),
             self._end,
         ]
-        return sample_of(parts, length=self._length)
+        made = sample_of(parts, length=self._length)
+        return None if made is None or made.truncated else made  # an answer is what a budget is for
 
     def _one_token(self, word: str) -> int:
         ids = self._encode(word)
@@ -212,10 +223,11 @@ def _words(table: SelfEvaluation) -> tuple[str, str]:
 
 
 def split_at_error(right: str, wrong: str) -> tuple[str, str]:
-    """(the wrong answer through its first differing line, the right one from that line on)."""
+    """(the wrong answer through its first differing line, the right one from that line on).
+
+    A wrong answer that lacks a line first differs in the one that stands in its place; if it merely ends too early, it
+    is taken whole.
+    """
     rights, wrongs = right.splitlines(keepends=True), wrong.splitlines(keepends=True)
-    for kind, start, _, other, other_end in difflib.SequenceMatcher(None, rights, wrongs, autojunk=False).get_opcodes():
-        if kind != "equal":
-            last = min(other_end, other + 1)
-            return "".join(wrongs[:last]), "".join(rights[start:])
-    return wrong, right
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(rights, wrongs, strict=False)))
+    return "".join(wrongs[: alike + 1]), "".join(rights[alike:])

@@ -7,8 +7,10 @@ and ends with the bits of an undisturbed run.
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,25 @@ import torch
 import torch.distributed as dist
 
 from ..distill.config import digest
+from ..distill.errors import DamagedFileError
 from ..distill.exclusive import only_one
 from ..distill.follow import Course, Follower, TrainedPart
 from ..distill.loop import eos_of
-from ..distill.resume import state_folder
+from ..distill.proven import read_proven
+from ..distill.resume import STATE, state_folder
 from ..distill.texts import open_tokenizer, pack
-from ..export.atomic import fresh_directory, require_absent
-from .base import Base, load_model, open_base, write_recast
+from ..export.atomic import require_absent
+from .base import Base, load_model, open_base
 from .data import Sample, batches, collate, read_records, split, window_sample
 from .errors import AdapterError, DataError, NotServableError
 from .losses import Hook, fait_hook, static_weights, token_loss
-from .method import Attached, record_of
-from .peft_methods import PeftAttached, write_lora
-from .prune import PrunedAttached
-from .ranks import nearest_lora, vera_as_lora
+from .method import Attached
+from .peft_methods import set_dropout
+from .places import keep_inputs
 from .recipe import TuneRecipe
-from .saved import RECORD, write_record
+from .serving import check_length, how_served, refuse_base, refuse_engines
 from .transforms import Maker
+from .write import Tuned, finished, state_of, write_tuned
 
 Progress = Callable[[str], None]
 
@@ -49,6 +53,8 @@ class TunePlan:
     """Of the base's."""
     samples: int
     held_out: int
+    truncated: int
+    """Of both, those whose end is cut off."""
     steps: int
     tokens: int
     """Of one epoch, filling left out."""
@@ -60,45 +66,12 @@ class TunePlan:
         return asdict(self)
 
     def to_text(self) -> str:
+        cut = f"\n{self.truncated} of them are longer than data.length, and cut" if self.truncated else ""
         return (
             f"{self.kind} on {self.base}: {self.trained:,} parameters trained, {self.share:.2%} of the base's\n"
-            f"{self.samples} samples ({self.tokens:,} tokens), {self.held_out} held out, {self.steps} steps\n"
+            f"{self.samples} samples ({self.tokens:,} tokens), {self.held_out} held out, {self.steps} steps{cut}\n"
             f"{self.state_bytes:,} bytes in a snapshot\nserved: {self.served}"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """What a run did. Losses are means over the learned tokens of held-out samples, without weights."""
-
-    out: str
-    kind: str
-    steps: int
-    trained: int
-    before: float
-    after: float
-    served: str
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"notes": list(self.notes)}
-
-    def to_text(self) -> str:
-        lines = [
-            f"{self.kind}: {self.trained:,} parameters, {self.steps} steps",
-            f"held-out loss {self.before:.4f} before, {self.after:.4f} after",
-            f"served: {self.served}",
-        ]
-        return "\n".join([*lines, *self.notes, self.out])
-
-
-SERVED = {
-    "lora": "beside the base, as a PEFT directory and a GGUF adapter",
-    "rslora": "beside the base, as a PEFT directory and a GGUF adapter",
-    "dora": "merged into the base; nearest beside it: the LoRA in lora/",
-    "pruned-lora": "a smaller base in base/ and a LoRA for it in lora/; merged and sliced as a model",
-    "vera": "merged into the base; beside it exactly as the LoRA in lora/",
-}
 
 
 def run_tune(recipe: TuneRecipe, progress: Progress, *, overwrite: bool = False) -> Tuned | None:
@@ -128,14 +101,45 @@ def tune(recipe: TuneRecipe, progress: Progress, *, overwrite: bool = False) -> 
     """
     out = Path(recipe.out)
     run = _Run(recipe)
-    if (done := _finished(out, run.digest)) is not None:
-        progress(f"{out} is the result of this very run already")
-        return done
-    require_absent(out, overwrite=overwrite)
-    if dist.is_initialized():
+    with _held(out):
+        if (done := finished(out, run.digest)) is not None:
+            progress(f"{out} is the result of this very run already")
+            return done
+        require_absent(out, overwrite=overwrite)
         return run.train(out, progress, overwrite=overwrite)
-    with only_one(state_folder(out), "tuning", "--set out=…", taken=_Taken, unwritable=_Unwritable):
-        return run.train(out, progress, overwrite=overwrite)
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The first rank holds what the state lies in, and clears away what is left of a run whose result is there."""
+    folder, together = state_folder(out), dist.is_initialized() and dist.get_world_size() > 1
+    problem: AdapterError | None = None
+    with ExitStack() as held:
+        if first := not together or dist.get_rank() == 0:
+            try:
+                held.enter_context(only_one(folder, "tuning", "--set out=…", taken=_Taken, unwritable=_Unwritable))
+                _clear_left(out, folder)
+            except (_Taken, _Unwritable) as error:
+                problem = error
+        if together:
+            failed = torch.tensor(int(problem is not None))
+            dist.broadcast(failed, 0)
+            if failed and problem is None:
+                problem = _Taken(f"the first rank could not take {folder}")
+        if problem is not None:
+            raise problem
+        yield
+        if first and not (folder / STATE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_left(out: Path, folder: Path) -> None:
+    """A run that was killed once it had written its result leaves a state that no other run could use."""
+    if (state := state_of(out)) is None:
+        return
+    with suppress(DamagedFileError, OSError, KeyError):
+        if read_proven(folder / STATE)[1]["run"] == state:
+            (folder / STATE).unlink()
 
 
 class _Taken(AdapterError):
@@ -150,17 +154,19 @@ class _Run:
     def __init__(self, recipe: TuneRecipe) -> None:
         self._recipe = recipe
         self._base = open_base(recipe.base)
+        sources = {f"data.sources[{n}]": Path(one) for n, one in enumerate(recipe.data.sources) if Path(one).is_file()}
+        keep_inputs(Path(recipe.out), {"the base": self._base.path, **sources})
+        refuse_base(recipe.kind, self._base)
+        check_length(recipe, self._base)
         self._eos = _eos(self._base)
-        samples = make_samples(recipe, self._base, self._eos)
-        learned, held_out = split(len(samples), recipe.data.held_out)
-        if not learned or not held_out:
-            raise DataError(f"{len(samples)} samples are too few: at least one to train on and one held out")
-        self._samples, self._held_out = [samples[n] for n in learned], [samples[n] for n in held_out]
+        self._samples, self._held_out = make_samples(recipe, self._base, self._eos)
         told = {key: value for key, value in recipe.to_json().items() if key not in ("out", "engines")}
-        self.digest = digest([told, self._base.fingerprint(), [one.ids for one in samples]])
+        data = [[one.content() for one in part] for part in (self._samples, self._held_out)]
+        self.digest = digest([told, self._base.fingerprint(), data])
         model = load_model(self._base, dtype=getattr(torch, recipe.train.dtype))
         self._size = sum(parameter.numel() for parameter in model.parameters())
         self._attached: Attached = recipe.method.attach(model, seed=recipe.seed)
+        refuse_engines(recipe, self._base, self._attached)
 
     @property
     def _steps(self) -> int:
@@ -174,30 +180,15 @@ class _Run:
     @property
     def _served(self) -> str:
         """How; or why not, which nobody should learn after the training."""
-        if told := SERVED.get(self._recipe.kind):
-            return told
         try:
-            return f"{self._attached.recast().how} into the base, as a model"
+            return how_served(self._recipe.kind, self._base, self._attached)
         except NotServableError as error:
             return f"not: {error}"
 
-    def plan(self) -> TunePlan:
-        return TunePlan(
-            base=str(self._base.path),
-            kind=self._recipe.kind,
-            trained=self._trained,
-            share=self._trained / self._size,
-            samples=len(self._samples),
-            held_out=len(self._held_out),
-            steps=self._steps,
-            tokens=sum(len(sample.ids) for sample in self._samples),
-            state_bytes=12 * self._trained,
-            served=self._served,
-        )
-
-    def train(self, out: Path, progress: Progress, *, overwrite: bool) -> Tuned:
+    @property
+    def _course(self) -> Course:
         train = self._recipe.train
-        course = Course(
+        return Course(
             steps=self._steps,
             batch=train.batch,
             lr=train.lr,
@@ -208,16 +199,35 @@ class _Run:
             save_every=train.save_every,
             seed=self._recipe.seed,
         )
+
+    def plan(self) -> TunePlan:
+        return TunePlan(
+            base=str(self._base.path),
+            kind=self._recipe.kind,
+            trained=self._trained,
+            share=self._trained / self._size,
+            samples=len(self._samples),
+            held_out=len(self._held_out),
+            truncated=sum(sample.truncated for sample in (*self._samples, *self._held_out)),
+            steps=self._steps,
+            tokens=sum(len(sample.ids) for sample in self._samples),
+            state_bytes=12 * self._trained,
+            served=self._served,
+        )
+
+    def train(self, out: Path, progress: Progress, *, overwrite: bool) -> Tuned:
+        course = self._course
         before = self._measure()
         part = TrainedPart(self._attached.trained(), self._attached.changing())
-        follower = Follower(part, self._loss, course, samples=len(self._samples), out=out, run=self.digest)
+        samples = len(self._samples)
+        follower = Follower(part, self._loss, course, samples=samples, out=out, run=self.digest, adds_up=True)
         if follower.step:
             progress(f"going on from step {follower.step} of {course.steps}")
-        self._set_dropout(True)
+        set_dropout(self._attached.model, True)
         for step, loss in follower.run():
             self._attached.after_step(step, course.steps)
             progress(f"step {step} of {course.steps}: loss {loss:.4f}")
-        self._set_dropout(False)
+        set_dropout(self._attached.model, False)
         after = self._measure()
         tuned = Tuned(
             out=str(out),
@@ -229,7 +239,10 @@ class _Run:
             served=self._served,
         )
         if not dist.is_initialized() or dist.get_rank() == 0:
-            tuned = self._write(out, tuned, overwrite=overwrite)
+            state = digest([self.digest, course])  # as Follower calls it
+            tuned = write_tuned(
+                self._recipe, self._base, self._attached, tuned, run=self.digest, state=state, overwrite=overwrite
+            )
         if dist.is_initialized():
             dist.barrier()  # what a rank has not written yet may still be lost, and is restored
         follower.close()
@@ -245,7 +258,8 @@ class _Run:
 
     def _loss(self, numbers: list[int]) -> torch.Tensor:
         batch = collate([self._samples[number] for number in numbers], fill=self._eos)
-        return token_loss(self._attached.model, batch, self._hooks(), normalize=self._recipe.loss.fait.normalize)
+        normalize = self._recipe.loss.fait.normalize
+        return token_loss(self._attached.model, batch, self._hooks(), normalize=normalize, together=True)
 
     def _measure(self) -> float:
         """The mean loss of a learned token of the held-out samples."""
@@ -257,78 +271,28 @@ class _Run:
                 count += tokens
         return total / count
 
-    def _set_dropout(self, on: bool) -> None:
-        """The base's own dropout stays off: it is not what is trained."""
-        for name, module in self._attached.model.named_modules():
-            if isinstance(module, torch.nn.Dropout) and ("lora_dropout" in name or "vera_dropout" in name):
-                module.train(on)
 
-    def _write_nearest(self, folder: Path, base: dict[str, str]) -> tuple[str, ...]:
-        """The LoRA that servers take beside the base, where this method is none."""
-        attached, kind = self._attached, self._recipe.kind
-        if isinstance(attached, PrunedAttached):
-            return self._write_sliced(folder, attached)
-        if not isinstance(attached, PeftAttached) or kind not in ("dora", "vera"):
-            return ()
-        if kind == "vera":
-            pairs, told = vera_as_lora(attached), "exactly this VeRA"
-        else:
-            state = dict(attached.model.get_base_model().named_parameters())
-            before = {name: state[name.replace(".weight", ".base_layer.weight")] for name in attached.recast().weights}
-            nearest = nearest_lora(attached.recast(), before, self._recipe.method.rank)  # type: ignore[attr-defined]
-            pairs, told = nearest.pairs, str(nearest)
-        (folder / "lora").mkdir()
-        write_lora(folder / "lora", pairs, base=base["path"])
-        write_record(folder / "lora", {"base": base, "nearest": told})
-        return (f"lora/: {told}",)
+def make_samples(recipe: TuneRecipe, base: Base, eos: int) -> tuple[list[Sample], list[Sample]]:
+    """(trained on, held out): the recipe's data in the base's tokens, in the order of its files.
 
-    def _write_sliced(self, folder: Path, attached: PrunedAttached) -> tuple[str, ...]:
-        """The smaller base and its LoRA; the base alone computes nothing that was trained."""
-        out = Path(self._recipe.out).absolute()
-        of = {"path": str(self._base.path), "sha256": self._base.fingerprint()}
-        write_recast(self._base, attached.sliced_base(), folder / "base", record={"sliced": of})
-        base = {"path": str(out / "base"), "sha256": open_base(folder / "base").fingerprint()}
-        (folder / "lora").mkdir()
-        write_lora(folder / "lora", attached.sliced_pairs(), base=base["path"])
-        write_record(folder / "lora", {"base": base})
-        return (f"serve {out / 'lora'} on {out / 'base'}, or export this directory as one model",)
-
-    def _write(self, out: Path, tuned: Tuned, *, overwrite: bool) -> Tuned:
-        recipe, base = self._recipe, {"path": str(self._base.path), "sha256": self._base.fingerprint()}
-        with fresh_directory(out, overwrite=overwrite) as folder:
-            self._attached.save(folder)
-            notes = self._write_nearest(folder, base)
-            tuned = replace(tuned, notes=notes)
-            (folder / "recipe.json").write_text(json.dumps(recipe.to_json(), indent=2) + "\n")
-            write_record(
-                folder,
-                {
-                    "base": base,
-                    "method": record_of(recipe.method, recipe.kind),
-                    "seed": recipe.seed,
-                    "tuned": {"run": self.digest, **tuned.to_json()},
-                },
-            )
-        return tuned
-
-
-def make_samples(recipe: TuneRecipe, base: Base, eos: int) -> list[Sample]:
-    """The recipe's data in the base's tokens, in the order of its files.
+    Records are held out with all samples that are made of them: a transform of one that is learned tells its answer.
 
     Raises:
         DataError, TextError: see `data` and `distill.texts`.
     """
     data, tokenizer = recipe.data, open_tokenizer(base.path)
-    if not data.paired:
+    if data.paired:
+        fait = recipe.loss.fait.enabled
+        needs = (*recipe.transform.needs, *(["wrong"] if fait else []))
+        maker = Maker(tokenizer, recipe.transform, eos=eos, length=data.length, template=data.template, pairs=fait)
+        made = maker.by_record([one for source in data.sources for one in read_records(Path(source), needs=needs)])
+    else:
         windows = pack(data.sources, "train", tokenizer=tokenizer, eos=eos, count=data.windows, length=data.length)
-        return [window_sample(window.tolist()) for window in windows]
-    fait = recipe.loss.fait.enabled
-    needs = (*recipe.transform.needs, *(["wrong"] if fait else []))
-    maker = Maker(tokenizer, recipe.transform, eos=eos, length=data.length, template=data.template, pairs=fait)
-    found: list[Sample] = []
-    for source in data.sources:
-        found += maker.samples(read_records(Path(source), needs=needs))
-    return found
+        made = [[window_sample(window.tolist())] for window in windows]
+    learned, held_out = split(len(made), data.held_out)
+    if not learned or not held_out:
+        raise DataError(f"{len(made)} samples are too few: at least one to train on and one held out")
+    return [one for n in learned for one in made[n]], [one for n in held_out for one in made[n]]
 
 
 def _eos(base: Base) -> int:
@@ -338,13 +302,3 @@ def _eos(base: Base) -> int:
     if not isinstance(eos, int):
         raise DataError(f"{base.path}/config.json names no eos_token_id, which samples end with")
     return eos
-
-
-def _finished(out: Path, run: str) -> Tuned | None:
-    try:
-        told = json.loads((out / RECORD).read_text())["tuned"]
-        if told.pop("run") != run:
-            return None
-        return Tuned(**told | {"notes": tuple(told["notes"]), "out": str(out)})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -21,7 +21,7 @@ from .loop import learning_rate
 from .resume import guard, state_folder
 
 Loss = Callable[[list[int]], torch.Tensor]
-"""The mean loss of the samples of these numbers."""
+"""The mean loss of the samples of these numbers, or what they add to that of all ranks' samples: see `Follower`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +62,25 @@ class Follower:
     run: says which run it is; a state on disk of another one is refused.
     samples: how many there are; they come in a new order every epoch.
     alone: state on disk, though torchrun may be there.
+    adds_up: the losses of all ranks sum to that of the batch; else each is a mean of the rank's own samples.
 
     Raises:
         StateMismatchError: the state there is of another run, or is damaged.
     """
 
     def __init__(
-        self, part: TrainedPart, loss: Loss, course: Course, *, samples: int, out: Path, run: str, alone: bool = False
+        self,
+        part: TrainedPart,
+        loss: Loss,
+        course: Course,
+        *,
+        samples: int,
+        out: Path,
+        run: str,
+        alone: bool = False,
+        adds_up: bool = False,
     ) -> None:
-        self._part, self._loss, self._course = part, loss, course
+        self._part, self._loss, self._course, self._adds_up = part, loss, course, adds_up
         self._optimizer = torch.optim.AdamW(
             part.parameters(), lr=course.lr, betas=course.betas, weight_decay=course.weight_decay
         )
@@ -115,18 +125,22 @@ class Follower:
         # Dropout of a step is the same whatever was run before it.
         rank = dist.get_rank() if dist.is_initialized() else 0
         torch.manual_seed((course.seed * 1_000_003 + self.step) * 4096 + rank)
-        loss = self._loss(numbers)
-        if not torch.isfinite(loss):
+        loss, weight = self._loss(numbers), self._data.weight
+        told = loss.detach().clone()
+        if self._adds_up and dist.is_initialized():
+            dist.all_reduce(told)
+            weight = float(dist.get_world_size())  # gradients are averaged below, and these are to be summed
+        if not torch.isfinite(told):
             raise DivergedError(
-                f"the loss is {loss.item()} at step {self.step + 1}; the state before it is kept. Lower lr (it is "
+                f"the loss is {told.item()} at step {self.step + 1}; the state before it is kept. Lower lr (it is "
                 f"{course.lr})"
             )
-        (loss * self._data.weight).backward()
+        (loss * weight).backward()
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self._part.parameters(), course.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return loss.item()
+        return told.item()
 
     def _average_gradients(self) -> None:
         if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -108,8 +108,8 @@ class DiskGuard:
             raise StateMismatchError(f"{error}. Delete {self._file} to start this run anew") from error
         if facts["run"] != self._run:
             raise StateMismatchError(
-                f"{self._file} is of a run with other settings or models. Name another --out, or delete that file to "
-                "start anew"
+                f"{self._file} is of a run with other settings or models. Choose another place for the result, or "
+                "delete that file to start anew"
             )
         names = {name: name.removeprefix("model.") for name in tensors if name.startswith("model.")}
         with torch.no_grad():

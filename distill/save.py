@@ -60,6 +60,10 @@ def save_model(
         (folder / RECORD).write_text(json.dumps(told, indent=2) + "\n")
 
 
-def _file(file: Path) -> dict[str, Any]:
+def file_sha256(file: Path) -> str:
     with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _file(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}

@@ -69,6 +69,11 @@ def read_table(kind: Any, raw: Any, where: str, problems: list[str], variants: V
     return kind(**values) if len(problems) == before else None
 
 
+def read_value(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """One value of a table, as a field with this annotation holds it; `problems` names what is wrong with it."""
+    return _convert(hint, value, where, problems, {})
+
+
 def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """{"latency": {"chat": "80%"}} and {"latency.chat": "80%"} are the same."""
     found: dict[str, str] = {}

@@ -144,6 +144,29 @@ def test_lemma_corrects_the_first_error(tokenizer: Tokenizer) -> None:
     assert words(tokenizer, learned, learned=False) == RECORD.prompt
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "error", "correction"),
+    [
+        ("a\nb\nc\n", "a\nc\n", "a\nc\n", "b\nc\n"),  # it lacks a line: the next one is out of place
+        ("a\nc\n", "a\nb\nc\n", "a\nb\n", "c\n"),  # it has one too many
+        ("a\nb\nc\n", "a\nb\n", "a\nb\n", "c\n"),  # it ends too early
+        ("a\nb\n", "x\nb\n", "x\n", "a\nb\n"),
+        ("b\nc\n", "c\nd\n", "c\n", "b\nc\n"),
+    ],
+)
+def test_what_is_corrected_is_wrong(right: str, wrong: str, error: str, correction: str) -> None:
+    assert split_at_error(right, wrong) == (error, correction)
+
+
+@given(st.lists(st.sampled_from("abc")), st.lists(st.sampled_from("abc")))
+def test_an_error_ends_with_the_first_line_that_differs(rights: list[str], wrongs: list[str]) -> None:
+    right, wrong = ("".join(f"{line}\n" for line in lines) for lines in (rights, wrongs))
+    error, correction = split_at_error(right, wrong)
+    assert wrong.startswith(error) and right.endswith(correction)
+    if rights != wrongs:
+        assert not right.startswith(error) or error == wrong, "a correction follows nothing that is right"
+
+
 def test_self_evaluation_learns_one_token(tokenizer: Tokenizer) -> None:
     table = SelfEvaluation(enabled=True, question="?", yes="Y", no="N", weight=3)
     made = maker(tokenizer, Transforms(self_evaluation=table)).samples([RECORD, replace(RECORD, another=False)])
@@ -160,6 +183,26 @@ def test_thinking_is_cut_after_its_budget_and_only_its_own_end_is_learned(tokeni
     assert words(tokenizer, whole, learned=False) == RECORD.prompt + "<"
     assert words(tokenizer, whole, learned=True) == RECORD.thinking + ">" + RIGHT + "</s>"
     assert len(cut.ids) < len(whole.ids)
+
+
+def test_an_answer_that_does_not_fit_behind_its_thinking_is_told(tokenizer: Tokenizer) -> None:
+    table = Transforms(elastic=Elastic(enabled=True, budgets=(60,), opening="<", closing=">"))
+    (whole,) = maker(tokenizer, table, length=400).samples([RECORD])
+    assert maker(tokenizer, table, length=len(whole.ids)).samples([RECORD]) == [whole]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the completion does not fit behind its thinking within data"):
+        maker(tokenizer, table, length=len(whole.ids) - 1).samples([RECORD])
+
+
+def test_what_is_cut_off_is_known(tokenizer: Tokenizer) -> None:
+    (whole,) = maker(tokenizer).samples([RECORD])
+    (cut,) = maker(tokenizer, length=len(whole.ids) - 1).samples([RECORD])
+    assert not whole.truncated and cut.truncated
+
+
+def test_the_content_of_a_sample_is_all_that_training_sees(tokenizer: Tokenizer) -> None:
+    (one,) = maker(tokenizer, pairs=True).samples([RECORD])
+    (other,) = maker(tokenizer, pairs=True).samples([replace(RECORD, wrong=WRONG.replace("*", "-"))])
+    assert one.ids == other.ids and one.content() != other.content()
 
 
 # --- lines ---------------------------------------------------------------------------------------------------------

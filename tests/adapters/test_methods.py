@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from refound.adapters.base import Base, load_model, open_base, write_recast
+from refound.adapters.base import Base, check_recast, load_model, open_base, write_recast
 from refound.adapters.bottleneck import Parallel, Series
 from refound.adapters.errors import NotServableError, UnknownBlocksError
 from refound.adapters.kinds import KINDS
 from refound.adapters.peft_methods import Dora, Lora, Prefix, RsLora, Vera
 from refound.adapters.prune import PrunedLora
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from .families import FAMILIES, write_family
@@ -136,6 +137,23 @@ def test_every_method_on_every_family(name: str, family: str, bases: dict[str, B
         assert set(recast.widths.values()) == {128 if family == "llama" else 160}  # in steps of 32
     if recast.how == "sliced":
         assert sum(p.numel() for p in served.parameters()) < sum(t.numel() for t in before.values())
+
+
+def test_weights_named_as_a_bare_model_has_them_are_found(tmp_path: Path) -> None:
+    """As BLOOM's on the hub: h.0.… and not transformer.h.0.…"""
+    folder = write_family(tmp_path / "bloom", "bloom")
+    tensors = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    base = open_base(folder)
+    attached = METHODS["lora"].attach(load_model(base), seed=3)
+    train(attached)
+    check_recast(base, attached.recast())
+    write_recast(base, attached.recast(), tmp_path / "served", record={})
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "served", dtype=torch.float32)
+    after = logits(attached.model)
+    assert (logits(served) - after).abs().max() < 2e-5 * after.abs().max()
 
 
 def test_every_kind_is_in_the_battery() -> None:
