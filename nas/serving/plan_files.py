@@ -61,6 +61,7 @@ def read_plans(folder: Path, subject: Subject) -> Plans:
             predictor=predictor,
             batching=Batching(**told["batching"]["plan"]),
             look_ahead=int(told["caching"]["plan"]["look_ahead"]),
+            slots=int(told["caching"]["plan"]["asked_slots"]),
             told=told,
             expert_bytes=_expert_bytes(told[BITS]["plan"]["bits"], subject) if BITS in told else None,
         )

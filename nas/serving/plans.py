@@ -41,7 +41,7 @@ class Settings:
 
     batching: Batching = field(default_factory=Batching)
     look_ahead: int = 64
-    """Tokens whose routing is known beforehand, as a pre-gating router's queue has them."""
+    """Tokens whose ids are known beforehand, as a queue has them, and whose routing is guessed."""
     slots: int = 0
     """Experts of a layer in a cache; 0: what the devices' memory holds."""
     share: float = 0.5
@@ -167,6 +167,8 @@ class Plans:
     look_ahead: int
     told: Mapping[str, Mapping[str, Any]]
     """By kind: what its file says."""
+    slots: int = 0
+    """Experts of a layer that a device keeps, as it was asked for; 0: what its memory holds."""
     expert_bytes: np.ndarray | None = None
     """(layers, experts), if bits are planned."""
 
@@ -213,8 +215,8 @@ def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda
     progress("replaying caches")
     slots = min(settings.slots or devices.slots(subject.sizes.expert_bytes, planned.layers), experts)
     told["caching"] = {
-        "plan": {"policy": "belady", "look_ahead": settings.look_ahead, "slots": slots},
-        **_both(lambda part: _judge_caching(part, slots, settings.look_ahead), planned, held),
+        "plan": {"policy": "belady", "look_ahead": settings.look_ahead, "slots": slots, "asked_slots": settings.slots},
+        **_both(lambda part: _judge_caching(part, device_of, predictor, slots, settings.look_ahead), planned, held),
     }
     progress("making batches")
     told["batching"] = {
@@ -237,6 +239,7 @@ def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda
         predictor=predictor,
         batching=settings.batching,
         look_ahead=settings.look_ahead,
+        slots=settings.slots,
         told={kind: {"kind": kind, **mark, **told[kind]} for kind in KINDS},
     )
 
@@ -306,9 +309,12 @@ def _judge_prediction(part: RoutingTrace, predictor: Predictor) -> dict[str, Any
     return {"without": base, **found}
 
 
-def _judge_caching(part: RoutingTrace, slots: int, look_ahead: int) -> dict[str, Any]:
-    choice = part.choice[:, :_REPLAYED]
-    found = hit_rates(choice, part.experts, slots, look_ahead=look_ahead)
+def _judge_caching(
+    part: RoutingTrace, device_of: np.ndarray, predictor: Predictor, slots: int, look_ahead: int
+) -> dict[str, Any]:
+    choice, tokens = part.choice[:, :_REPLAYED], part.tokens[:_REPLAYED]
+    guess = predictor.guess(choice, tokens, part.starts, "queue", part.top_k)
+    found = hit_rates(choice, part.experts, slots, look_ahead=look_ahead, predicted=guess, device_of=device_of)
     return {name: cached.hit_rate for name, cached in found.items()}
 
 

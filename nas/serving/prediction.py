@@ -2,8 +2,9 @@
 """Which experts a token will take, said before it gets there (ExpertFlow 2410.17954; EdgeMoE 2308.14352 preloads so).
 
 Tables counted on a trace: how often experts are taken at all, by this token's id, by the id before it, by the experts
-that the token before took in the same layer, and by those that this token took one layer earlier. The first four are
-known before a token's first layer (*ahead*), the last as it goes (*path*). A guess is the sum of logarithms of shares,
+that the token before took in the same layer, and by those that this token took one layer earlier. The first three are
+known of every token of a prompt (*queue*), the fourth before a token's first layer (*ahead*), the last as it goes
+(*path*). A guess is the sum of logarithms of shares,
 each by a weight that is chosen on a part of the trace that the tables were not counted on. ExpertFlow trains a small
 transformer on token ids for the same end; tables need no training and no torch, and are a bar that one has to pass.
 """
@@ -18,8 +19,9 @@ import numpy as np
 from .affinity import load_of
 from .errors import MismatchError
 
-Known = Literal["ahead", "path"]
+Known = Literal["queue", "ahead", "path"]
 _FEATURES: dict[Known, tuple[str, ...]] = {
+    "queue": ("id", "id_before"),
     "ahead": ("id", "id_before", "token_before"),
     "path": ("id", "id_before", "token_before", "layer_before"),
 }
@@ -45,7 +47,7 @@ class Predictor:
     by_layer_before: np.ndarray
     """(L, E, E), given an expert that the token took a layer earlier; of layer 0 the marginal."""
     weights: Mapping[str, Mapping[str, float]] = field(hash=False)
-    """Of each feature, for `ahead` and `path`."""
+    """Of each feature, for `queue`, `ahead` and `path`."""
 
     def scores(self, experts: np.ndarray, tokens: np.ndarray, starts: np.ndarray, known: Known) -> np.ndarray:
         """How likely each expert is, as a logarithm up to a constant: (layers, tokens, E).

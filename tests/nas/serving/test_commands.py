@@ -115,6 +115,7 @@ def test_plans_are_made_kept_and_replayed(tmp_path: Path) -> None:
     assert told["made_on"] == [0, 6] and told["judged_on"] == [6, 12]
     for part in ("predicted", "measured"):
         assert told[part]["belady"] >= told[part]["lru"]
+        assert told[part]["belady-predicted"] <= told[part]["belady"]
     done = run("simulate-serving", trace, "--devices", devices, "--plans", plans, "--html", page, "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
@@ -138,8 +139,9 @@ def test_memory_that_holds_not_all_experts_makes_plans_matter(tmp_path: Path) ->
     by_name = {one["name"]: one for one in told["scenarios"]}
     usual = by_name["as engines do"]
     assert 0 < usual["hit_rate"] < 1
-    assert by_name["Belady"]["hit_rate"] > usual["hit_rate"]
-    assert by_name["pre-gating"]["step_ms"]["mean"] < usual["step_ms"]["mean"]
+    assert by_name["pre-gating, bound"]["step_ms"]["mean"] < usual["step_ms"]["mean"]
+    # what can be had takes nothing from the future, so it is another figure than that of a router never wrong
+    assert by_name["Belady"]["hit_rate"] < by_name["Belady, bound"]["hit_rate"]
     assert by_name["all plans"]["seconds"] < usual["seconds"]
 
 
