@@ -12,7 +12,10 @@ from click.testing import CliRunner, Result
 from refound.cli import main
 from refound.nas.moe.trace import RoutingTrace, model_sha256, read_trace, write_trace
 from refound.nas.serving.affinity import hops_of
+from refound.nas.serving.devices import read_devices
 from refound.nas.serving.placement import capacities, contiguous
+from refound.nas.serving.plans import Settings, judged_part, make_plans, open_subject
+from refound.nas.serving.scenarios import scenarios
 from safetensors.numpy import save_file
 
 from ...export.models import decoder, write_model
@@ -171,6 +174,22 @@ def test_slots_reach_the_replay(tmp_path: Path) -> None:
         for more in (("--slots", 2), ())
     )
     assert few < all_of == 1
+
+
+def test_what_is_planned_knows_nothing_of_what_is_judged(tmp_path: Path) -> None:
+    """Hosts keep what the plans' part used, though the rest uses other experts; each device has slots of its own."""
+    trace, devices = written(tmp_path)
+    whole = read_trace(trace)
+    choice = np.where(np.arange(480)[None, :, None] < 240, whole.choice % 4, 4 + whole.choice % 4)
+    choice[:, :, 1] = np.where(choice[:, :, 1] == choice[:, :, 0], choice[:, :, 0] ^ 1, choice[:, :, 1])
+    write_trace(trace, replace(whole, choice=choice.astype(np.int16)))
+    devices.write_text(DEVICES.replace("host_gb = 0.1", "host_gb = 0.008"))  # 16 of 32 experts
+    subject = open_subject(trace, read_devices(devices), None)
+    plans = make_plans(subject, Settings(slots=4))
+    usual, _ = scenarios(subject, judged_part(subject, plans), plans, 5)[0]
+    assert usual.in_host[:, :4].all() and not usual.in_host[:, 4:].any()
+    # each of the two devices holds its four experts of a layer: all that is loaded is what each sees first
+    assert plans.told["caching"]["measured"]["lru"] == pytest.approx(1 - 16 / (4 * 240 * 2))
 
 
 def test_memory_that_holds_not_all_experts_makes_plans_matter(tmp_path: Path) -> None:
