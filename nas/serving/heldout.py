@@ -20,7 +20,7 @@ _RUN = 16
 
 def hashes_of(trace: RoutingTrace) -> list[str]:
     """Of all runs of all its sequences, sorted, each once."""
-    return sorted(set().union(*(_hashes(trace, number) for number in range(trace.sequences))))
+    return sorted(set[str]().union(*(_hashes(trace, number) for number in range(trace.sequences))))
 
 
 def _hashes(trace: RoutingTrace, number: int) -> set[str]:

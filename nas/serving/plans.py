@@ -363,7 +363,7 @@ def _judge_caching(part: RoutingTrace, plans: Plans, slots: int) -> dict[str, An
     """Each device has so many slots, and is asked for the experts that are placed on it."""
     choice, tokens = part.choice[:, :_REPLAYED], part.tokens[:_REPLAYED]
     guess = plans.predictor.guess(choice, tokens, part.starts, "queue", part.top_k)
-    how = {"look_ahead": plans.look_ahead, "predicted": guess, "device_of": plans.placement}
+    how: dict[str, Any] = {"look_ahead": plans.look_ahead, "predicted": guess, "device_of": plans.placement}
     found = hit_rates(choice, part.experts, slots, **how)
     return {name: cached.hit_rate for name, cached in found.items()}
 
