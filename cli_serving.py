@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .exits import UsageError
 
@@ -94,7 +95,7 @@ def plan_serving(
     Examples:
       refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL
       refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL --permute MODEL-placed
-      refound plan-serving trace.safetensors --devices devices.toml --out plans --map sglang
+      refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL --map sglang
       refound plan-serving trace.safetensors --devices devices.toml --out plans --model MODEL --bits 4.5
 
     --permute numbers the experts anew, so that any engine that shares them out in order places them as planned; the
@@ -102,38 +103,29 @@ def plan_serving(
     another model, or the devices cannot hold its experts.
     """
     from .nas.serving import report
-    from .nas.serving.maps import expert_map
     from .nas.serving.plan_files import write_plans
     from .nas.serving.plans import make_plans, with_bits
 
-    if (permute or bits) and not model:
-        raise UsageError("--permute and --bits read the model, so --model must name it")
+    if (permute or bits or maps) and not model:
+        raise UsageError("--permute, --bits and --map read the model, so --model must name it")
     _require()
     subject = _subject(trace, devices, model)
     # before the work, so that nobody learns at its end that it was in vain
     _require_places(out, permute, overwrite=overwrite)
+    _require_maps(subject, maps)
+    text = _text_for_bits(subject, model, bits, sources) if bits and model else None
     plans = make_plans(subject, _settings_of(options), _say)
-    if bits and model:
+    if text and bits and model:
         _say("measuring what rounding does to each expert")
-        plans = with_bits(plans, subject, model, _text(model, sources or ("python-docs",)), bits)
-    written = {
-        f"{engine}.json": expert_map(
-            engine,
-            plans.placement,
-            subject.devices.count,
-            layers=subject.sizes.moe_layers,
-            model_layers=subject.sizes.model_layers,
-        )
-        for engine in maps
-    }
-    files = write_plans(plans, out, maps=written, overwrite=overwrite)
+        plans = with_bits(plans, subject, model, text, bits)
+    files = write_plans(plans, out, maps=_maps(subject, maps, plans.placement), overwrite=overwrite)
     told = report.to_json(subject, plans)
     if permute and model:
         _permute(model, permute, subject, plans.placement, overwrite=overwrite)
         told["permuted"] = str(permute)
     told["files"] = [str(file) for file in files]
-    text = "\n".join([report.plans_text(told), *report.served_text(plans)])
-    click.echo(json.dumps(told, indent=2) if as_json else text)
+    lines = [report.plans_text(told), *report.served_text(plans)]
+    click.echo(json.dumps(told, indent=2) if as_json else "\n".join(lines))
     _say(f"{out}: {', '.join(file.name for file in files)}")
 
 
@@ -147,14 +139,18 @@ def plan_serving(
 @click.option("--steps", type=click.IntRange(min=1), default=200, show_default=True, help="Batches to replay at most.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write a page with plots.")
 @_settings
+@click.option("--overwrite", is_flag=True, help="Replace the page that is there.")
 @_JSON
+@click.pass_context
 def simulate_serving(
+    context: click.Context,
     trace: Path,
     devices: Path,
     plans: Path | None,
     model: Path | None,
     steps: int,
     html: Path | None,
+    overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -166,32 +162,62 @@ def simulate_serving(
       refound simulate-serving trace.safetensors --devices devices.toml --model MODEL
       refound simulate-serving trace.safetensors --devices devices.toml --plans plans --html report.html
 
-    Only sequences that the plans were not made on are replayed; plans of another trace of the same model are judged on
-    all of this one. What is simulated and what is not: docs/serving-plans.md. Exit code 3 if the trace is damaged or of
+    Only sequences that the plans were not made on are replayed; of another trace of the same model those that have no
+    text of it. What is simulated and what is not: docs/serving-plans.md. Exit code 3 if the trace is damaged or of
     another model than --model or the plans, or if the devices cannot hold its experts.
     """
+    from .export.atomic import write_file
     from .nas.serving import report
     from .nas.serving.plan_files import read_plans
-    from .nas.serving.plans import make_plans
+    from .nas.serving.plans import judged_part, make_plans
     from .nas.serving.scenarios import compare
 
+    if plans:
+        _refuse_settings(context, options)
     _require()
+    _require_places(html, overwrite=overwrite)
     subject = _subject(trace, devices, model)
     settings = _settings_of(options)
     found = read_plans(plans, subject) if plans else make_plans(subject, settings, _say)
-    told_of = found.told["placement"]
-    part = subject.trace
-    if told_of["trace"] == subject.sha256:
-        part = part.part(*told_of["judged_on"])
+    part = judged_part(subject, found)
     told = report.to_json(subject, found, compare(subject, part, found, steps, _say))
     if html:
-        try:
-            html.write_text(report.page(told), encoding="utf-8")
-        except OSError as error:
-            raise click.ClickException(f"{html} could not be written: {error.strerror}") from error
+        write_file(html, report.page(told).encode())
         _say(str(html))
     text = f"{report.plans_text(told)}\n\n{report.scenarios_text(told)}"
     click.echo(json.dumps(told, indent=2) if as_json else text)
+
+
+def _refuse_settings(context: click.Context, options: dict[str, Any]) -> None:
+    """Plans that were made have their settings in them."""
+    typed = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if typed:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        raise UsageError(f"{names}: the plans in --plans were made with their own; give it to refound plan-serving")
+
+
+def _require_maps(subject: "Subject", maps: tuple[str, ...]) -> None:
+    from .nas.serving.maps import require_map
+
+    for engine in maps:
+        require_map(engine, experts=subject.trace.experts, **_map_words(subject))
+
+
+def _maps(subject: "Subject", maps: tuple[str, ...], device_of: "np.ndarray") -> dict[str, Any]:
+    """The engines' files by their names."""
+    from .nas.serving.maps import expert_map
+
+    return {f"{engine}.json": expert_map(engine, device_of, **_map_words(subject)) for engine in maps}
+
+
+def _map_words(subject: "Subject") -> dict[str, Any]:
+    sizes = subject.sizes
+    return {
+        "devices": subject.devices.count,
+        "family": sizes.family,
+        "layers": sizes.moe_layers,
+        "model_layers": sizes.model_layers,
+    }
 
 
 def _require() -> None:
@@ -245,6 +271,15 @@ def _permute(model: Path, out: Path, subject: "Subject", device_of: Any, *, over
     if left_out:
         _say(f"not copied, since what they say of experts may not hold any more: {', '.join(left_out)}")
     _say(f"{out} computes what {model} does; serve it with expert parallelism over {subject.devices.count} devices")
+
+
+def _text_for_bits(
+    subject: "Subject", model: Path, bits: float, sources: tuple[str, ...]
+) -> "tuple[np.ndarray, np.ndarray]":
+    from .nas.serving.bits import WIDTHS, require_bits
+
+    require_bits(bits, (*WIDTHS, subject.sizes.source_bits), subject.sizes.parameters)
+    return _text(model, sources or ("python-docs",))
 
 
 def _text(model: Path, sources: tuple[str, ...]) -> "tuple[np.ndarray, np.ndarray]":

@@ -50,6 +50,27 @@ def fresh_directory(final: Path, *, overwrite: bool) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
 
 
+def write_file(final: Path, body: bytes) -> None:
+    """One file, beside its place, synced, renamed: a kill leaves what was there before.
+
+    Raises:
+        OutputSpaceError: if it cannot be written.
+    """
+    part = final.with_name(f".{final.name}.{os.getpid()}.part")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(final)
+        sync_one(final.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the first one is what is told
+            part.unlink()
+        raise OutputSpaceError(f"cannot write {final}: {error.strerror}. Choose another place") from error
+
+
 @contextlib.contextmanager
 def _only_writer(final: Path) -> Iterator[None]:
     """Holds a lock that the kernel drops with its holder. The file goes too, while it is held."""

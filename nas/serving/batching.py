@@ -105,6 +105,21 @@ def _greedy(experts: np.ndarray, tokens: Sequence[int], count: int, size: int, f
     return places
 
 
+def known_from(starts: np.ndarray, batches: Sequence[np.ndarray], how: Batching) -> np.ndarray:
+    """The step from which each token's id is known, (tokens,) int64: that after the token before it was made.
+
+    A sequence's first token is known when the sequence is opened. batches: all of `batches_of`.
+    """
+    at = np.empty(int(starts[-1]), np.int64)
+    for step, batch in enumerate(batches):
+        at[batch] = step
+    found = np.concatenate([[0], at[:-1] + 1])
+    first, ends = starts[:-1], np.sort(at[starts[1:] - 1]) + 1
+    found[first[: how.active]] = 0
+    found[first[how.active :]] = ends[: max(len(first) - how.active, 0)]
+    return found
+
+
 def shared_of(experts: np.ndarray, starts: np.ndarray, batches: Sequence[np.ndarray]) -> Shared:
     layers, tokens, _ = experts.shape
     unique = sum(len(np.unique(layer[batch])) for batch in batches for layer in experts)

@@ -32,9 +32,10 @@ class BitPlan:
     """(layers, experts) int64; the source's own number where nothing is rounded."""
     harm: float
     """The sum over experts, as it was measured one by one."""
-    uniform_harm: float
-    """That of one width for all within the same bytes."""
-    uniform_bits: int
+    baseline: np.ndarray
+    """Bits that fill the same bytes without looking at harm: one width for all, and the next one for as many of the
+    first experts, layer by layer, as there is room for. (layers, experts)."""
+    baseline_harm: float
     mean_bits: float
     """Scales included."""
     proven: bool
@@ -44,6 +45,20 @@ class BitPlan:
 def bytes_of(bits: int, parameters: float, source_bits: int) -> float:
     """Of one expert: packed weights and their scales; as it is in the source if nothing is rounded."""
     return parameters * bits / 8 + (parameters / GROUP * 2 if bits < source_bits else 0.0)
+
+
+def require_bits(mean_bits: float, widths: Sequence[int], parameters: float) -> None:
+    """Before the work.
+
+    Raises:
+        CapacityError: if even the narrowest width takes more.
+    """
+    least = 8 * bytes_of(widths[0], parameters, widths[-1]) / parameters
+    if least > mean_bits:
+        raise CapacityError(
+            f"{mean_bits:g} bits a weight are fewer than the narrowest width takes with its scales "
+            f"({least:g}): ask for more with --bits"
+        )
 
 
 def plan_bits(
@@ -65,12 +80,8 @@ def plan_bits(
         raise PlanError("bits need ascending widths, and a finite harm for each expert and width")
     layers, experts, _ = harm.shape
     sizes = np.array([bytes_of(width, parameters, widths[-1]) for width in widths])
+    require_bits(mean_bits, widths, parameters)
     limit = mean_bits / 8 * parameters * layers * experts
-    if sizes[0] * layers * experts > limit:
-        raise CapacityError(
-            f"{mean_bits:g} bits a weight are fewer than the narrowest width takes with its scales "
-            f"({8 * sizes[0] / parameters:g}): ask for more with --bits"
-        )
     items = harm.reshape(-1, len(widths)) if granularity == "expert" else harm.sum(1)
     each = 1 if granularity == "expert" else experts
     problem = Problem(
@@ -81,15 +92,28 @@ def plan_bits(
     if not isinstance(found, Solution):
         raise PlanError(f"no bits could be chosen within {seconds:g} s ({found}); ask for another number with --bits")
     choice = np.repeat(np.array(found.choice), each).reshape(layers, experts)
-    uniform = max(index for index in range(len(widths)) if sizes[index] * layers * experts <= limit)
+    plain = np.repeat(_filled(each * sizes, len(items), limit), each).reshape(layers, experts)
     return BitPlan(
         bits=np.array(widths)[choice],
-        harm=float(np.take_along_axis(harm, choice[:, :, None], axis=2).sum()),
-        uniform_harm=float(harm[:, :, uniform].sum()),
-        uniform_bits=int(widths[uniform]),
+        harm=_harm_of(harm, choice),
+        baseline=np.array(widths)[plain],
+        baseline_harm=_harm_of(harm, plain),
         mean_bits=float(8 * sizes[choice].mean() / parameters),
         proven=found.proven,
     )
+
+
+def _harm_of(harm: np.ndarray, choice: np.ndarray) -> float:
+    return float(np.take_along_axis(harm, choice[:, :, None], axis=2).sum())
+
+
+def _filled(sizes: np.ndarray, items: int, limit: float) -> np.ndarray:
+    """The widest width that all items can have, and for the first of them the next wider one: (items,) places."""
+    narrow = max(place for place in range(len(sizes)) if sizes[place] * items <= limit)
+    found = np.full(items, narrow)
+    if narrow + 1 < len(sizes):
+        found[: int((limit - sizes[narrow] * items) / (sizes[narrow + 1] - sizes[narrow]))] = narrow + 1
+    return found
 
 
 def servable(bits: np.ndarray) -> dict[str, str]:
@@ -127,11 +151,17 @@ def _served(name: str, layout: str, bits: np.ndarray) -> str:
     return f"no: refound export writes no experts of {widths[0]} bits for it"
 
 
-def told_of(plan: BitPlan) -> dict[str, Any]:
+def told_of(plan: BitPlan, source_bits: int) -> dict[str, Any]:
     """What its file says, but for what was measured."""
     return {
-        "plan": {"bits": plan.bits.tolist(), "mean_bits": plan.mean_bits, "group": GROUP},
+        "plan": {
+            "bits": plan.bits.tolist(),
+            "mean_bits": plan.mean_bits,
+            "group": GROUP,
+            "source_bits": source_bits,
+        },
         "proven": plan.proven,
         "served": servable(plan.bits),
-        "predicted": {"without": plan.uniform_harm, "with": plan.harm, "uniform_bits": plan.uniform_bits},
+        "baseline": plan.baseline.tolist(),
+        "predicted": {"without": plan.baseline_harm, "with": plan.harm},
     }

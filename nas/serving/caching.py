@@ -7,13 +7,15 @@ that asks for more than there are slots is done in parts, those present first. N
 that is prefetching, which hides time and changes no hit (see `simulation`).
 
 Belady (1966) gives up what is needed last; no policy loads less, as long as each step's experts fit into the slots
-(tests try every cache there could be). It needs the future, which a pre-gating router (Read-ME, 2410.19123) knows for
-the tokens in its queue: with `look_ahead` tokens known, what is needed within them stays by next use, and what is not
-by last use, as LRU does. `look_ahead=None` is the bound.
+(tests try every cache there could be). It needs the future. A pre-gating router or tables (Read-ME, 2410.19123) guess
+it for the tokens in their queue: what they guess to be needed within `look_ahead` stays by next use, and what is not by
+last use, as LRU does. Hits are always counted on what is really asked for. With the true routing in the guess's place
+the figure is that of a router that is never wrong, and with `look_ahead=None` a bound for any cache. In decoding a
+queue has only each open sequence's next token: `known_from` says since when a use is known.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -69,14 +71,21 @@ class Lfu(Lru):
 
 
 class Belady(Lru):
-    """What is needed next within `look_ahead` steps, then the most recently used. None: all steps are known."""
+    """What is needed next within `look_ahead` steps, then the most recently used. None: all steps are known.
 
-    def __init__(self, steps: Steps, look_ahead: int | None = None) -> None:
+    steps: what is believed of them, be it right or wrong. known_from: for each step, since which step it is known that
+    an item is needed there; without it, and where it names no item, from the start.
+    """
+
+    def __init__(
+        self, steps: Steps, look_ahead: int | None = None, known_from: Sequence[Mapping[int, int]] | None = None
+    ) -> None:
         super().__init__()
         self._uses: dict[int, list[int]] = {}
         for step, items in enumerate(steps):
             for item in items:
                 self._uses.setdefault(item, []).append(step)
+        self._known_from = known_from
         self._look_ahead, self._now = len(steps) if look_ahead is None else look_ahead, 0
 
     def used(self, step: int, items: Sequence[int]) -> None:
@@ -85,9 +94,12 @@ class Belady(Lru):
 
     def worth(self, item: int) -> tuple[float, ...]:
         uses = self._uses.get(item, ())
-        after = bisect_right(uses, self._now)
-        if after < len(uses) and uses[after] - self._now <= self._look_ahead:
-            return (1, -uses[after])
+        for place in range(bisect_right(uses, self._now), len(uses)):
+            step = uses[place]
+            if step - self._now > self._look_ahead:
+                break
+            if self._known_from is None or self._known_from[step].get(item, 0) <= self._now:
+                return (1, -step)
         return (0, *super().worth(item))
 
 
@@ -160,11 +172,17 @@ def layer_steps(experts: np.ndarray, batches: Sequence[np.ndarray] | None = None
     return [[np.unique(layer[batch]).tolist() for batch in batches] for layer in experts]
 
 
-def policies(steps: Steps, look_ahead: int) -> dict[str, Policy]:
-    """One of each kind, for these steps. look_ahead: in steps."""
+def policies(steps: Steps, look_ahead: int, predicted: Steps | None = None) -> dict[str, Policy]:
+    """One of each kind, for these steps. look_ahead: in steps. predicted: what was guessed of them.
+
+    `belady-predicted` is a policy that can be had; `belady-look-ahead` (a guess that is always right) and `belady` (no
+    end to the queue) are bounds.
+    """
+    guessing: dict[str, Policy] = {} if predicted is None else {"belady-predicted": Belady(predicted, look_ahead)}
     return {
         "lru": Lru(),
         "lfu": Lfu(),
+        **guessing,
         "belady-look-ahead": Belady(steps, look_ahead),
         "belady": Belady(steps),
     }
@@ -178,22 +196,51 @@ def hit_rates(
     scope: Scope = "layer",
     look_ahead: int = 64,
     batches: Sequence[np.ndarray] | None = None,
+    predicted: np.ndarray | None = None,
+    device_of: np.ndarray | None = None,
 ) -> dict[str, Cached]:
     """All policies over a routing (layers, tokens, top_k) of `count` experts a layer.
 
-    slots: of each layer, or with `shared` of all layers together. look_ahead: in tokens or batches.
+    slots: of each layer, or with `shared` of all layers together. look_ahead: in tokens or batches, whose ids are known
+    as those of a prompt are. predicted: what was guessed of the routing, (layers, tokens, candidates). device_of:
+    (layers, experts), the device of each expert, each of which has so many slots and is asked for its own experts only.
+
+    Raises:
+        PlanError: if there is no slot, or devices are to share one pool.
     """
-    layers = layer_steps(experts, batches)
+    if scope == "shared" and device_of is not None:
+        raise PlanError("slots shared by all layers are of one device; give no placement")
+    guess: list[list[list[int]]] | None = None if predicted is None else layer_steps(predicted, batches)
+    pools, believed = (_pools(found, count, scope, device_of) for found in (layer_steps(experts, batches), guess))
+    assert pools is not None
     if scope == "shared":
-        shared = [
-            [layer * count + item for item in layers[layer][step]]
-            for step in range(len(layers[0]))
-            for layer in range(len(layers))
-        ]
-        layers, look_ahead = [shared], look_ahead * len(layers)
+        look_ahead *= len(experts)
     totals: dict[str, tuple[int, int]] = {}
-    for steps in layers:
-        for name, policy in policies(steps, look_ahead).items():
+    for index, steps in enumerate(pools):
+        for name, policy in policies(steps, look_ahead, None if believed is None else believed[index]).items():
             found, before = replay(steps, slots, policy), totals.get(name, (0, 0))
             totals[name] = (before[0] + found.requests, before[1] + found.loads)
     return {name: Cached(requests=requests, loads=loads) for name, (requests, loads) in totals.items()}
+
+
+def _pools(
+    layers: list[list[list[int]]] | None, count: int, scope: Scope, device_of: np.ndarray | None
+) -> list[list[list[int]]] | None:
+    """What each pool of slots is asked for: a layer's, all layers', or a layer's on one device."""
+    if layers is None:
+        return None
+    if scope == "shared":
+        return [
+            [
+                [layer * count + item for item in layers[layer][step]]
+                for step in range(len(layers[0]))
+                for layer in range(len(layers))
+            ]
+        ]
+    if device_of is None:
+        return layers
+    found = []
+    for steps, row in zip(layers, device_of.tolist(), strict=True):
+        for device in sorted(set(row)):
+            found.append([[item for item in items if row[item] == device] for items in steps])
+    return found

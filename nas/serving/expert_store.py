@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts on disk, in host slots and in device slots: what `streaming` computes with.
 
-Slots are buffers that are made once. What was used longest ago gives its slot up; what was changed on the device goes
-down to the host, and from there to the disk, when it does. One thread reads ahead; all else is the caller's thread.
+Slots are buffers that are made once. What was used longest ago gives its slot up, but in the host not what is expected
+and was not used yet; what was changed on the device goes down to the host, and from there to the disk, before another
+expert has its slot, so that a write that fails loses nothing. One thread reads ahead; all else is the caller's thread.
 """
 
 import threading
@@ -109,16 +110,18 @@ class _Slots:
             self.held.move_to_end(key)
         return self.held.get(key)
 
-    def take(self, key: Key, *, keep: Callable[[Key], bool] = lambda _: False) -> tuple[Buffers, Key | None] | None:
-        """Buffers for `key`, and whose they were until now; None if all hold what must be kept."""
-        if self._free:
-            self.held[key] = self._free.pop()
-            return self.held[key], None
-        for old in self.held:
-            if not keep(old):
-                self.held[key] = self.held.pop(old)
-                return self.held[key], old
-        return None
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    def oldest(self, *, keep: Callable[[Key], bool] = lambda _: False) -> Key | None:
+        """Whose slot is given up first; None if all hold what must be kept."""
+        return next((key for key in self.held if not keep(key)), None)
+
+    def take(self, key: Key, old: Key | None) -> Buffers:
+        """The slot of `old` for `key`, or a free one."""
+        self.held[key] = self._free.pop() if old is None else self.held.pop(old)
+        return self.held[key]
 
     def give_back(self, key: Key) -> None:
         self._free.append(self.held.pop(key))
@@ -137,6 +140,8 @@ class ExpertStore:
         self._changed_device: set[Key] = set()
         self._changed_host: set[Key] = set()
         self._reading: dict[Key, Future[None]] = {}
+        self._expected: dict[Key, None] = {}
+        """What `expect` named last and `get` has not asked for since, in that order."""
         self._lock = threading.Lock()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="expert-reader")
 
@@ -146,16 +151,16 @@ class ExpertStore:
     def get(self, key: Key) -> Buffers:
         """The expert on the device, valid until the next call."""
         self.counts.asked += 1
+        self._expected.pop(key, None)
         found = self._device.get(key)
         if found is not None:
             self.counts.on_device += 1
             return found
-        taken = self._device.take(key)
-        assert taken is not None
-        buffers, old = taken
+        old = None if self._device.has_free else self._device.oldest()
+        if old in self._changed_device:
+            self._put_down(old, self._device.held[old])
+        buffers = self._device.take(key, old)
         try:
-            if old in self._changed_device:
-                self._put_down(old, buffers)
             for target, source in zip(buffers, self._from_host(key), strict=True):
                 target.copy_(source)
         except BaseException:
@@ -176,6 +181,7 @@ class ExpertStore:
 
     def expect(self, keys: Sequence[Key]) -> None:
         """Begin to read these into host slots, as far as there is room beside what is being read already."""
+        self._expected = dict.fromkeys(key for key in keys if key not in self._device.held)
         for key in keys:
             with self._lock:
                 known = key in self._device.held or key in self._host.held
@@ -219,20 +225,32 @@ class ExpertStore:
         return buffers
 
     def _host_slot(self, key: Key, *, wait: bool) -> Buffers | None:
-        """Room in the host; what it held goes to disk if it was changed. None: all slots are being read into."""
+        """Room in the host; what it held goes to disk if it was changed, before the slot is another's.
+
+        None: all slots are being read into, or (unless it has to `wait`) hold what is expected.
+        """
         while True:
             with self._lock:
-                taken = self._host.take(key, keep=lambda old: old in self._reading)
+                if self._host.has_free:
+                    return self._host.take(key, None)
+                old = self._host.oldest(keep=lambda one: one in self._reading or one in self._expected)
+                if old is None and wait:
+                    old = self._last_expected()
                 waiting = next(iter(self._reading.values()), None)
-            if taken is None:
+            if old is None:
                 if not wait or waiting is None:
                     return None
                 waiting.exception()  # only that it is done; whoever asks for it is told how
                 continue
-            buffers, old = taken
             if old in self._changed_host:
-                self._write(old, buffers)
-            return buffers
+                self._write(old, self._host.held[old])
+            with self._lock:
+                return self._host.take(key, old)
+
+    def _last_expected(self) -> Key | None:
+        """What will be needed last of what the host holds."""
+        held = (key for key in reversed(self._expected) if key in self._host.held and key not in self._reading)
+        return next(held, None)
 
     def _put_down(self, key: Key, buffers: Buffers) -> None:
         with self._lock:

@@ -48,6 +48,7 @@ def read_plans(folder: Path, subject: Subject) -> Plans:
     if mark.get("model") != subject.trace.model or predictor.marginal.shape != _shape(subject):
         raise MismatchError(f"{folder / PREDICTOR} is of another model; make the plans again: refound plan-serving")
     try:
+        _require_hashes(told["placement"]["planned_text"])
         groups = told["coclusters"]["plan"]
         clusters = Coclusters(
             ids=np.array(groups["ids"], np.int64),
@@ -61,8 +62,9 @@ def read_plans(folder: Path, subject: Subject) -> Plans:
             predictor=predictor,
             batching=Batching(**told["batching"]["plan"]),
             look_ahead=int(told["caching"]["plan"]["look_ahead"]),
+            slots=int(told["caching"]["plan"]["asked_slots"]),
             told=told,
-            expert_bytes=_expert_bytes(told[BITS]["plan"]["bits"], subject) if BITS in told else None,
+            expert_bytes=_expert_bytes(told[BITS]["plan"], subject) if BITS in told else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise MismatchError(
@@ -81,12 +83,20 @@ def _devices(raw: Any, shape: tuple[int, ...], subject: Subject) -> np.ndarray:
     return found.astype(np.int64)
 
 
-def _expert_bytes(raw: Any, subject: Subject) -> np.ndarray:
-    sizes, found = subject.sizes, np.array(raw)
-    known = (*WIDTHS, sizes.source_bits)
+def _require_hashes(raw: Any) -> None:
+    if not (isinstance(raw, list) and raw and all(isinstance(one, str) for one in raw)):
+        raise ValueError("it does not say what text the plans were made on")
+
+
+def _expert_bytes(plan: Any, subject: Subject) -> np.ndarray:
+    """By the bits of the model that the plan was made for: the devices' [experts] table does not tell them."""
+    found, source_bits = np.array(plan["bits"]), plan["source_bits"]
+    if source_bits not in (16, 32, 64):
+        raise ValueError(f"weights of {source_bits!r} bits")
+    known, parameters = (*WIDTHS, source_bits), subject.sizes.expert_bytes * 8 / source_bits
     if found.shape != _shape(subject) or not np.isin(found, known).all():
         raise ValueError(f"bits are not {_shape(subject)} numbers among {known}")
-    each = {width: bytes_of(width, sizes.parameters, sizes.source_bits) for width in known}
+    each = {width: bytes_of(width, parameters, source_bits) for width in known}
     return np.vectorize(each.__getitem__, otypes=[float])(found)
 
 
@@ -106,11 +116,18 @@ def _read_one(file: Path, kind: str, subject: Subject) -> dict[str, Any]:
             f"{file} was made for another model ({str(told.get('model'))[:12]}… and not {subject.trace.model[:12]}…), "
             "whose experts are others. Make plans for this one: refound plan-serving"
         )
-    devices = told.get("devices")
-    if not isinstance(devices, dict) or devices.get("nodes", 0) * devices.get("gpus", 0) != subject.devices.count:
+    devices, here = told.get("devices"), subject.devices
+    if not isinstance(devices, dict) or (devices.get("nodes"), devices.get("gpus")) != (here.nodes, here.gpus):
         raise MismatchError(
-            f"{file} was made for other devices than these {subject.devices.count}; make it again: refound plan-serving"
+            f"{file} was made for other devices than these {here.count} ({here.nodes} nodes of {here.gpus}); make it "
+            "again: refound plan-serving"
         )
+    if kind != BITS:  # which are made on text
+        _require_judged(file, told, subject)
+    return told
+
+
+def _require_judged(file: Path, told: Mapping[str, Any], subject: Subject) -> None:
     judged = told.get("judged_on")
     if not (isinstance(judged, list) and [type(place) for place in judged] == [int, int]):
         raise MismatchError(
@@ -120,4 +137,3 @@ def _read_one(file: Path, kind: str, subject: Subject) -> dict[str, Any]:
         raise MismatchError(
             f"{file} was judged on sequences that its trace has not; make it again: refound plan-serving"
         )
-    return told

@@ -22,6 +22,7 @@ from .caching import hit_rates
 from .coclusters import Coclusters, cocluster, locality_of
 from .devices import Devices
 from .errors import MismatchError, PlanError
+from .heldout import hashes_of, unseen
 from .placement import capacities, contiguous, place
 from .prediction import Predictor, fit, hit_rate, marginal_guess
 
@@ -41,7 +42,7 @@ class Settings:
 
     batching: Batching = field(default_factory=Batching)
     look_ahead: int = 64
-    """Tokens whose routing is known beforehand, as a pre-gating router's queue has them."""
+    """Tokens whose ids are known beforehand, as a queue has them, and whose routing is guessed."""
     slots: int = 0
     """Experts of a layer in a cache; 0: what the devices' memory holds."""
     share: float = 0.5
@@ -69,6 +70,8 @@ class Sizes:
     """Which of them have experts."""
     source_bits: int = 16
     """Of a weight as it is stored."""
+    family: str = ""
+    """Of the model, as its config.json says; empty where no model was named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,7 @@ def _sizes_of_model(model: Path, trace: RoutingTrace) -> Sizes:
         model_layers=len(decoder.layers),
         moe_layers=layers,
         source_bits=8 * bytes_each,
+        family=decoder.family,
     )
 
 
@@ -167,8 +171,23 @@ class Plans:
     look_ahead: int
     told: Mapping[str, Mapping[str, Any]]
     """By kind: what its file says."""
+    slots: int = 0
+    """Experts of a layer that a device keeps, as it was asked for; 0: what its memory holds."""
     expert_bytes: np.ndarray | None = None
     """(layers, experts), if bits are planned."""
+
+
+def judged_part(subject: Subject, plans: Plans) -> RoutingTrace:
+    """The sequences that the plans were not made on: of their own trace those kept for it, of another what has no text
+    in common with what they were made on.
+
+    Raises:
+        PlanError: if none is left.
+    """
+    told = plans.told["placement"]
+    if told["trace"] == subject.sha256:
+        return subject.trace.part(*told["judged_on"])
+    return unseen(subject.trace, told["planned_text"])
 
 
 def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda _: None) -> Plans:
@@ -178,67 +197,93 @@ def make_plans(subject: Subject, settings: Settings, progress: Progress = lambda
         PlanError: if there is one sequence only, or fewer experts than devices.
     """
     planned, held = subject.split(settings.share)
-    devices, experts = subject.devices, subject.trace.experts
     progress("placing experts by what follows what")
-    affinity = affinity_of(planned.choice, experts)
-    distance = devices.distance(subject.sizes.hidden_bytes)
-    placed = place(affinity, distance, seed=settings.seed)
-    device_of, capacity = placed.device_of, capacities(experts, devices.count)
-    if not settings.unbalanced:
-        device_of = balanced(device_of, affinity, distance, load_of(planned.choice, experts), capacity)
+    device_of, is_optimal = _place(subject, planned, settings)
     progress("grouping token ids and experts")
-    groups = cocluster(planned.choice, planned.tokens, experts, devices.count, start=device_of)
+    groups = cocluster(planned.choice, planned.tokens, planned.experts, subject.devices.count, start=device_of)
     progress("counting routing paths")
-    predictor = fit(planned.choice, planned.tokens, planned.starts, experts)
-    told: dict[str, dict[str, Any]] = {
-        "placement": {
-            "plan": {"device_of": device_of.tolist(), "devices": devices.count, "balanced": not settings.unbalanced},
-            "optimal": placed.is_optimal and bool((device_of == placed.device_of).all()),
-            **_both(lambda part: _judge_placement(part, device_of, devices), planned, held),
-        },
-        "coclusters": {
-            "plan": {
-                "ids": groups.ids.tolist(),
-                "home": groups.home.tolist(),
-                "device_of": groups.device_of.tolist(),
-                "devices": groups.devices,
-            },
-            **_both(lambda part: _judge_coclusters(part, groups, devices), planned, held),
-        },
-        "prediction": {
-            "plan": {"file": PREDICTOR, "weights": predictor.weights},
-            **_both(lambda part: _judge_prediction(part, predictor), planned, held),
-        },
-    }
-    progress("replaying caches")
-    slots = min(settings.slots or devices.slots(subject.sizes.expert_bytes, planned.layers), experts)
-    told["caching"] = {
-        "plan": {"policy": "belady", "look_ahead": settings.look_ahead, "slots": slots},
-        **_both(lambda part: _judge_caching(part, slots, settings.look_ahead), planned, held),
-    }
-    progress("making batches")
-    told["batching"] = {
-        "plan": dataclasses.asdict(settings.batching),
-        **_both(lambda part: _judge_batching(part, settings.batching), planned, held),
-    }
+    predictor = fit(planned.choice, planned.tokens, planned.starts, planned.experts)
     mark = {
         "format": FORMAT,
         "model": subject.trace.model,
         "trace": subject.sha256,
         "made_on": [0, planned.sequences],
         "judged_on": [planned.sequences, subject.trace.sequences],
-        "experts": experts,
+        "experts": planned.experts,
         "layers": planned.layers,
-        "devices": dataclasses.asdict(devices),
+        "devices": dataclasses.asdict(subject.devices),
     }
-    return Plans(
+    plans = Plans(
         placement=device_of,
         coclusters=groups,
         predictor=predictor,
         batching=settings.batching,
         look_ahead=settings.look_ahead,
-        told={kind: {"kind": kind, **mark, **told[kind]} for kind in KINDS},
+        slots=settings.slots,
+        told={},
     )
+    told = {
+        "placement": _tell_placement(subject, plans, planned, held, balanced=not settings.unbalanced)
+        | {"optimal": is_optimal, "planned_text": hashes_of(planned)},
+        "coclusters": _tell_coclusters(subject, plans, planned, held),
+        "prediction": {
+            "plan": {"file": PREDICTOR, "weights": predictor.weights},
+            **_both(lambda part: _judge_prediction(part, predictor), planned, held),
+        },
+    }
+    progress("replaying caches")
+    told["caching"] = _tell_caching(subject, plans, planned, held)
+    progress("making batches")
+    told["batching"] = {
+        "plan": dataclasses.asdict(settings.batching),
+        **_both(lambda part: _judge_batching(part, settings.batching), planned, held),
+    }
+    return dataclasses.replace(plans, told={kind: {"kind": kind, **mark, **told[kind]} for kind in KINDS})
+
+
+def _place(subject: Subject, planned: RoutingTrace, settings: Settings) -> tuple[np.ndarray, bool]:
+    """A device for each expert, and whether no placement has fewer hops."""
+    devices, experts = subject.devices, planned.experts
+    affinity = affinity_of(planned.choice, experts)
+    distance = devices.distance(subject.sizes.hidden_bytes)
+    placed = place(affinity, distance, seed=settings.seed)
+    if settings.unbalanced:
+        return placed.device_of, placed.is_optimal
+    load, capacity = load_of(planned.choice, experts), capacities(experts, devices.count)
+    device_of = balanced(placed.device_of, affinity, distance, load, capacity)
+    return device_of, placed.is_optimal and bool((device_of == placed.device_of).all())
+
+
+def _tell_placement(
+    subject: Subject, plans: Plans, planned: RoutingTrace, held: RoutingTrace, *, balanced: bool
+) -> dict[str, Any]:
+    devices = subject.devices
+    return {
+        "plan": {"device_of": plans.placement.tolist(), "devices": devices.count, "balanced": balanced},
+        **_both(lambda part: _judge_placement(part, plans.placement, devices), planned, held),
+    }
+
+
+def _tell_coclusters(subject: Subject, plans: Plans, planned: RoutingTrace, held: RoutingTrace) -> dict[str, Any]:
+    groups = plans.coclusters
+    return {
+        "plan": {
+            "ids": groups.ids.tolist(),
+            "home": groups.home.tolist(),
+            "device_of": groups.device_of.tolist(),
+            "devices": groups.devices,
+        },
+        **_both(lambda part: _judge_coclusters(part, groups, subject.devices), planned, held),
+    }
+
+
+def _tell_caching(subject: Subject, plans: Plans, planned: RoutingTrace, held: RoutingTrace) -> dict[str, Any]:
+    by_memory = subject.devices.slots(subject.sizes.expert_bytes, planned.layers)
+    slots = min(plans.slots or by_memory, planned.experts)
+    return {
+        "plan": {"policy": "belady", "look_ahead": plans.look_ahead, "slots": slots, "asked_slots": plans.slots},
+        **_both(lambda part: _judge_caching(part, plans, slots), planned, held),
+    }
 
 
 def with_bits(
@@ -259,16 +304,24 @@ def with_bits(
     harm = measure_harm(model, torch.from_numpy(text[0]), WIDTHS)
     widths = (*WIDTHS, sizes.source_bits)
     found = plan_bits(harm, widths, parameters=sizes.parameters, mean_bits=mean_bits)
-    uniform = np.full_like(found.bits, found.uniform_bits)
-    before, after = divergences(model, torch.from_numpy(text[1]), [uniform, found.bits], sizes.source_bits)
+    both = [found.baseline, found.bits]
+    before, after = divergences(model, torch.from_numpy(text[1]), both, sizes.source_bits)
     mark = {key: value for key, value in plans.told["placement"].items() if key in _MARK}
-    told = {"kind": BITS, **mark, **told_of(found), "measured": {"without": before, "with": after}}
+    mark |= {name: _text_mark(windows) for name, windows in zip(("made_on", "judged_on"), text, strict=True)}
+    measured = {"without": before, "with": after}
+    told = {"kind": BITS, **mark, **told_of(found, sizes.source_bits), "measured": measured}
     each = {width: bytes_of(width, sizes.parameters, sizes.source_bits) for width in widths}
     expert_bytes = np.vectorize(each.__getitem__, otypes=[float])(found.bits)
     return dataclasses.replace(plans, told={**plans.told, BITS: told}, expert_bytes=expert_bytes)
 
 
-_MARK = ("format", "model", "trace", "made_on", "judged_on", "experts", "layers", "devices")
+def _text_mark(windows: np.ndarray) -> dict[str, Any]:
+    """Bits are made and judged on text, not on sequences of the trace."""
+    digest = hashlib.sha256(windows.astype("<i8").tobytes()).hexdigest()
+    return {"windows": windows.shape[0], "length": windows.shape[1], "sha256": digest}
+
+
+_MARK = ("format", "model", "trace", "experts", "layers", "devices")
 
 
 def _both(
@@ -306,9 +359,12 @@ def _judge_prediction(part: RoutingTrace, predictor: Predictor) -> dict[str, Any
     return {"without": base, **found}
 
 
-def _judge_caching(part: RoutingTrace, slots: int, look_ahead: int) -> dict[str, Any]:
-    choice = part.choice[:, :_REPLAYED]
-    found = hit_rates(choice, part.experts, slots, look_ahead=look_ahead)
+def _judge_caching(part: RoutingTrace, plans: Plans, slots: int) -> dict[str, Any]:
+    """Each device has so many slots, and is asked for the experts that are placed on it."""
+    choice, tokens = part.choice[:, :_REPLAYED], part.tokens[:_REPLAYED]
+    guess = plans.predictor.guess(choice, tokens, part.starts, "queue", part.top_k)
+    how: dict[str, Any] = {"look_ahead": plans.look_ahead, "predicted": guess, "device_of": plans.placement}
+    found = hit_rates(choice, part.experts, slots, **how)
     return {name: cached.hit_rate for name, cached in found.items()}
 
 

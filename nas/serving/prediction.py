@@ -2,8 +2,9 @@
 """Which experts a token will take, said before it gets there (ExpertFlow 2410.17954; EdgeMoE 2308.14352 preloads so).
 
 Tables counted on a trace: how often experts are taken at all, by this token's id, by the id before it, by the experts
-that the token before took in the same layer, and by those that this token took one layer earlier. The first four are
-known before a token's first layer (*ahead*), the last as it goes (*path*). A guess is the sum of logarithms of shares,
+that the token before took in the same layer, and by those that this token took one layer earlier. The first three are
+known of every token of a prompt (*queue*), the fourth before a token's first layer (*ahead*), the last as it goes
+(*path*). A guess is the sum of logarithms of shares,
 each by a weight that is chosen on a part of the trace that the tables were not counted on. ExpertFlow trains a small
 transformer on token ids for the same end; tables need no training and no torch, and are a bar that one has to pass.
 """
@@ -18,8 +19,9 @@ import numpy as np
 from .affinity import load_of
 from .errors import MismatchError
 
-Known = Literal["ahead", "path"]
+Known = Literal["queue", "ahead", "path"]
 _FEATURES: dict[Known, tuple[str, ...]] = {
+    "queue": ("id", "id_before"),
     "ahead": ("id", "id_before", "token_before"),
     "path": ("id", "id_before", "token_before", "layer_before"),
 }
@@ -45,29 +47,43 @@ class Predictor:
     by_layer_before: np.ndarray
     """(L, E, E), given an expert that the token took a layer earlier; of layer 0 the marginal."""
     weights: Mapping[str, Mapping[str, float]] = field(hash=False)
-    """Of each feature, for `ahead` and `path`."""
+    """Of each feature, for `queue`, `ahead` and `path`."""
 
     def scores(self, experts: np.ndarray, tokens: np.ndarray, starts: np.ndarray, known: Known) -> np.ndarray:
-        """How likely each expert is, as a logarithm up to a constant: (layers, tokens, E).
+        """How likely each expert is, as a logarithm up to a constant: (layers, tokens, E) float32.
 
         Of `experts` (layers, tokens, top_k) only what is known at each point is looked at.
         """
-        total = np.log(self.marginal)[:, None, :].repeat(len(tokens), axis=1)
+        return np.stack([self._of_layer(layer, experts, tokens, starts, known) for layer in range(len(experts))])
+
+    def _of_layer(
+        self, layer: int, experts: np.ndarray, tokens: np.ndarray, starts: np.ndarray, known: Known
+    ) -> np.ndarray:
+        total = np.log(self.marginal[layer]).astype(np.float32)[None, :].repeat(len(tokens), axis=0)
         for name, weight in self.weights[known].items():
             if weight:
-                total += weight * _feature(self, name, experts, tokens, starts)
+                total += np.float32(weight) * _feature(self, name, layer, experts, tokens, starts)
         return total
 
     def guess(
         self, experts: np.ndarray, tokens: np.ndarray, starts: np.ndarray, known: Known, candidates: int
     ) -> np.ndarray:
-        """The likeliest experts, best first: (layers, tokens, candidates)."""
-        return np.argsort(-self.scores(experts, tokens, starts, known), axis=2, kind="stable")[:, :, :candidates]
+        """The likeliest experts, best first: (layers, tokens, candidates) int16. A layer at a time is in memory."""
+        found = np.empty((len(experts), len(tokens), candidates), np.int16)
+        for layer in range(len(experts)):
+            scores = self._of_layer(layer, experts, tokens, starts, known)
+            found[layer] = np.argsort(-scores, axis=1, kind="stable")[:, :candidates]
+        return found
 
 
 def hit_rate(guessed: np.ndarray, experts: np.ndarray) -> float:
     """Share of the experts taken that were among those guessed. (layers, tokens, candidates), (…, top_k)."""
-    return float((experts[:, :, :, None] == guessed[:, :, None, :]).any(3).mean())
+    hits = sum(_hits(row, taken) for row, taken in zip(guessed, experts, strict=True))
+    return hits / experts.size
+
+
+def _hits(guessed: np.ndarray, taken: np.ndarray) -> int:
+    return int((taken[:, :, None] == guessed[:, None, :]).any(2).sum())
 
 
 def marginal_guess(marginal: np.ndarray, tokens: int, candidates: int) -> np.ndarray:
@@ -93,42 +109,62 @@ def _within(starts: np.ndarray, first: int, last: int) -> np.ndarray:
 
 
 def _choose(tables: Predictor, names: tuple[str, ...], *held: np.ndarray) -> dict[str, float]:
-    """Weights with the most hits, one feature after the other, twice around."""
-    experts = held[0]
-    features = {name: _feature(tables, name, *held) for name in names}
-    weights, base = dict.fromkeys(names, 0.0), np.log(tables.marginal)[:, None, :]
+    """Weights with the most hits, one feature after the other, twice around. A layer's features are in memory."""
+    experts, tokens, _ = held
+    top_k, weights = experts.shape[2], dict.fromkeys(names, 0.0)
+    marginal = np.log(tables.marginal).astype(np.float32)
 
-    def hits(chosen: Mapping[str, float]) -> float:
-        total = base + sum(weight * features[name] for name, weight in chosen.items() if weight)
-        total = np.broadcast_to(total, features[names[0]].shape)
-        top = np.argpartition(-total, experts.shape[2] - 1, axis=2)[:, :, : experts.shape[2]]
-        return hit_rate(top, experts)
+    def best_of(name: str) -> float:
+        hits = np.zeros(len(_WEIGHTS), np.int64)
+        for layer in range(len(experts)):
+            base = marginal[layer][None, :].repeat(len(tokens), axis=0)
+            for other, weight in weights.items():
+                if weight and other != name:
+                    base += np.float32(weight) * _feature(tables, other, layer, *held)
+            feature = _feature(tables, name, layer, *held)
+            for place, weight in enumerate(_WEIGHTS):
+                top = np.argpartition(-(base + np.float32(weight) * feature), top_k - 1, axis=1)[:, :top_k]
+                hits[place] += _hits(top, experts[layer])
+        return _WEIGHTS[int(hits.argmax())]
 
     for _ in range(2):
         for name in names:
-            weights[name] = max(_WEIGHTS, key=lambda weight, name=name: hits({**weights, name: weight}))
+            weights[name] = best_of(name)
     return weights
 
 
-def _feature(tables: Predictor, name: str, experts: np.ndarray, tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """log of the share given what is known, less that of the share at all: (layers, tokens, E)."""
-    before = np.arange(len(tokens)) - 1
-    first = np.isin(np.arange(len(tokens)), starts)
+def _feature(
+    tables: Predictor, name: str, layer: int, experts: np.ndarray, tokens: np.ndarray, starts: np.ndarray
+) -> np.ndarray:
+    """log of the share given what is known, less that of the share at all: (tokens, E) float32."""
+    before, marginal = np.arange(len(tokens)) - 1, tables.marginal[layer]
     if name in ("id", "id_before"):
         table = tables.by_id if name == "id" else tables.by_id_before
         row = _rows(tables.ids, tokens if name == "id" else tokens[before])
         if name == "id_before":
-            row = np.where(first, len(tables.ids), row)
-        share = table[row].transpose(1, 0, 2)
+            row = np.where(_first(tokens, starts), len(tables.ids), row)
+        share = table[row, layer]
     elif name == "token_before":
-        given = tables.by_token_before[np.arange(len(experts))[:, None, None], experts[:, before]].mean(2)
-        share = np.where(first[None, :, None], tables.marginal[:, None, :], given)
+        given = _mean_rows(tables.by_token_before[layer], experts[layer][before])
+        share = np.where(_first(tokens, starts)[:, None], marginal, given)
+    elif layer:
+        share = _mean_rows(tables.by_layer_before[layer], experts[layer - 1])
     else:
-        share = np.empty((*experts.shape[:2], tables.marginal.shape[1]))
-        share[0] = tables.marginal[0]
-        for layer in range(1, len(experts)):
-            share[layer] = tables.by_layer_before[layer][experts[layer - 1]].mean(1)
-    return np.log(share) - np.log(tables.marginal)[:, None, :]
+        share = marginal[None, :].repeat(len(tokens), axis=0)
+    return (np.log(share) - np.log(marginal)).astype(np.float32)
+
+
+def _first(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Which tokens begin a sequence: (tokens,) bool."""
+    return np.isin(np.arange(len(tokens)), starts)
+
+
+def _mean_rows(table: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """The mean of the rows (E) that each token's experts name: (tokens, E)."""
+    total = table[given[:, 0]].astype(np.float32)
+    for column in given[:, 1:].T:
+        total += table[column]
+    return total / given.shape[1]
 
 
 def _rows(ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -64,8 +64,9 @@ _FIGURES = (
         "experts on the token's device",
         lambda p: (_share(p["without"]["local"]), _share(p["with"]["local"])),
     ),
-    ("caching", "hits, LRU and look-ahead", lambda p: (_share(p["lru"]), _share(p["belady-look-ahead"]))),
-    ("caching", "hits, LFU and all known", lambda p: (_share(p["lfu"]), _share(p["belady"]))),
+    ("caching", "hits, LRU and look-ahead by tables", lambda p: (_share(p["lru"]), _share(p["belady-predicted"]))),
+    ("caching", "hits, LRU and a bound: never wrong", lambda p: (_share(p["lru"]), _share(p["belady-look-ahead"]))),
+    ("caching", "hits, LFU and a bound: all known", lambda p: (_share(p["lfu"]), _share(p["belady"]))),
     (
         "batching",
         "unique experts a batch",

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..moe.trace import RoutingTrace
-from .affinity import load_of
-from .batching import batches_of
+from .batching import batches_of, known_from
 from .placement import capacities, contiguous
 from .plans import Plans, Subject, sequence_homes
 from .simulation import Outcome, Scenario, in_host_of, simulate
@@ -30,10 +29,10 @@ class Compared:
 def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) -> list[tuple[Scenario, str]]:
     """Each with a sentence that says what is different. part: what is replayed. steps: at most so many."""
     devices, count = subject.devices, part.experts
-    batches = {
-        aware: batches_of(part.choice, part.starts, count, plans.batching, expert_aware=aware)[:steps]
-        for aware in (False, True)
-    }
+    batches, since = {}, {}
+    for aware in (False, True):
+        whole = batches_of(part.choice, part.starts, count, plans.batching, expert_aware=aware)
+        batches[aware], since[aware] = whole[:steps], known_from(part.starts, whole, plans.batching)
     usual = contiguous(part.layers, capacities(count, devices.count))
     sizes = np.full((part.layers, count), subject.sizes.expert_bytes)
     base = Scenario(
@@ -44,7 +43,10 @@ def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) ->
         expert_bytes=sizes,
         hidden_bytes=subject.sizes.hidden_bytes,
         parameters=subject.sizes.parameters,
-        in_host=in_host_of(load_of(part.choice, count), sizes, devices),
+        # by what the plans' part of the text used: hosts are filled before what is replayed comes
+        in_host=in_host_of(plans.predictor.marginal, sizes, devices),
+        slots=plans.slots,
+        known_from=since[False],
     )
     ahead = max(plans.look_ahead // plans.batching.batch, 1)
     guessed = plans.predictor.guess(part.choice, part.tokens, part.starts, "ahead", part.top_k)
@@ -62,9 +64,19 @@ def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) ->
         (but("placement", device_of=plans.placement, home=None), "experts by what follows what, and tokens move"),
         (but("co-clusters", **grouped), "a token starts on the device of its id's experts, and stays"),
         (but("batching", batches=batches[True]), "batches of tokens that share experts"),
-        (but("Belady", policy="belady", look_ahead=ahead), f"evicts what is needed last, {ahead} steps known"),
+        (
+            but("Belady", policy="belady", look_ahead=ahead, believed=guessed),
+            "evicts what tables say is needed last, of each open sequence its next token known",
+        ),
+        (
+            but("Belady, bound", policy="belady", look_ahead=ahead),
+            "the same with a pre-gating router that is never wrong: a bound",
+        ),
         (but("prediction", foresight="predicted", guessed=guessed), "experts are loaded when tables foresee them"),
-        (but("pre-gating", foresight="known"), "a pre-gating router's queue: every load is foreseen"),
+        (
+            but("pre-gating, bound", foresight="known"),
+            "a pre-gating router that is never wrong of each open sequence's next token: a bound",
+        ),
         *bits,
         (
             but(
@@ -73,11 +85,14 @@ def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) ->
                 device_of=plans.placement,
                 home=None,
                 batches=batches[True],
+                known_from=since[True],
                 policy="belady",
                 look_ahead=ahead,
-                foresight="known",
+                believed=guessed,
+                foresight="predicted",
+                guessed=guessed,
             ),
-            "placement, moving tokens, batching, Belady, pre-gating and bits (if planned) together",
+            "placement, moving tokens, batching, Belady and loads by tables, and bits (if planned) together",
         ),
     ]
 

@@ -38,6 +38,7 @@ class _Measured(torch.nn.Module):
         super().__init__()
         self.own, self.widths = own, widths
         self.harm = np.zeros((own.count, len(widths)))
+        self.seen = np.zeros(own.count, bool)
         self.energy = 0.0
 
     def forward(
@@ -46,6 +47,7 @@ class _Measured(torch.nn.Module):
         out = self.own(hidden_states, top_k_index, top_k_weights)
         self.energy += float(out.double().square().sum())
         for expert in torch.unique(top_k_index).tolist():
+            self.seen[expert] = True
             token, place = torch.where(top_k_index == expert)
             inputs, weight = hidden_states[token], top_k_weights[token, place, None]
             gate_up, down = self.own.store.get((self.own.layer, expert))[:2]
@@ -59,6 +61,8 @@ class _Measured(torch.nn.Module):
 def measure_harm(path: Path, windows: torch.Tensor, widths: Sequence[int]) -> np.ndarray:
     """(layers, experts, widths + 1), the last column zeros: the source's own bits. windows: (n, length) int64.
 
+    An expert that no token of the windows took has the mean of its layer's others: nothing says that it bears more.
+
     Raises:
         ExportError, MismatchError: see `streaming.open_streamed`.
     """
@@ -71,8 +75,12 @@ def measure_harm(path: Path, windows: torch.Tensor, widths: Sequence[int]) -> np
         with torch.no_grad():
             for window in windows.split(4):
                 model.model(window)
-        harm = np.stack([one.harm / max(one.energy, 1e-30) for one in measured])
+        harm = np.stack([_with_unseen(one.harm, one.seen) / max(one.energy, 1e-30) for one in measured])
     return np.concatenate([harm, np.zeros((*harm.shape[:2], 1))], axis=2)
+
+
+def _with_unseen(harm: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    return np.where(seen[:, None], harm, harm[seen].mean(0)) if seen.any() else harm
 
 
 class _RoundedFiles(ExpertFiles):

@@ -6,9 +6,10 @@ A step is a batch; its layers follow one another, and in each:
 - *messages*: hidden states go to the devices of their experts, and what these computed goes where the token is next.
   Each device sends one message at a time; a message has a latency and a bandwidth, within a node or between nodes.
 - *loads*: experts that a device does not hold come from host memory, or from disk over it, one after another on that
-  device's bus and on the node's disk. Without foresight a load waits for the layer's router. A pre-gating router knows
-  its queue, so a load may start as soon as the layer's slots are free, in the step before too; a predictor knows as far
-  as it is right, from the step's start. What is wanted now goes before what is foreseen; wrong guesses cost the bus.
+  device's bus and on the node's disk. Without foresight a load waits for the layer's router. A predictor knows as far
+  as it is right, from the step's start. A pre-gating router that is never wrong (`known`, a bound) could start a load
+  as soon as the layer's slots are free and the token's id is there, in a step before too. What is wanted now goes
+  before what is foreseen; wrong guesses cost the bus.
 - *computing*: a device waits for its messages and its loads, then reads each expert it needs once and multiplies.
 
 A token is either at home, where every layer's results come back to (a fixed device), or it *moves*: from layer to layer
@@ -24,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from .caching import Belady, Cache, Lfu, Lru, Policy, Steps
+from .caching import Belady, Cache, Lfu, Lru, Policy
 from .devices import Devices
 
 CachePolicy = Literal["lru", "lfu", "belady"]
@@ -50,11 +51,17 @@ class Scenario:
     policy: CachePolicy = "lru"
     look_ahead: int = 0
     """Steps that are known beforehand, for `belady`."""
+    known_from: np.ndarray | None = None
+    """The step from which each token's id is known, (tokens,), for `belady` and `known`; None: from the first."""
+    believed: np.ndarray | None = None
+    """What `belady` takes for the routing, (layers, tokens, candidates); None: the true one, which makes a bound."""
     foresight: Foresight = "none"
     guessed: np.ndarray | None = None
     """For `predicted`: (layers, tokens, candidates)."""
     in_host: np.ndarray
     """(layers, experts) bool: which experts host memory keeps; others come from disk."""
+    slots: int = 0
+    """Experts of a layer that a device keeps; 0: as many as its memory holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,37 +138,50 @@ class Replay:
         self.asked = self.loads = self.unique = 0
         self.loaded_bytes = 0.0
         self.sent = np.zeros((devices.count, devices.count), np.int64)
+        self.began: list[float] = []
+        """Of each step until now."""
 
     def _caches(self) -> list[list[Cache | None]]:
         """For each layer and device; None: all of its experts fit."""
         mean_bytes = float(self.scenario.expert_bytes.mean())
-        slots = self.devices.slots(mean_bytes, self.layers)
+        slots = self.scenario.slots or self.devices.slots(mean_bytes, self.layers)
         found: list[list[Cache | None]] = []
         for layer in range(self.layers):
             row: list[Cache | None] = []
-            needs = [np.unique(self.experts[layer, batch]) for batch in self.scenario.batches]
             for device in range(self.devices.count):
                 mine = np.flatnonzero(self.scenario.device_of[layer] == device)
                 if len(mine) <= slots:
                     row.append(None)
                     continue
-                own = set(mine.tolist())
-                cache = Cache(slots, self._policy([[e for e in need.tolist() if e in own] for need in needs]))
+                cache = Cache(slots, self._policy(layer, set(mine.tolist())))
                 cache.resident = set(mine[:slots].tolist())
                 row.append(cache)
             found.append(row)
         return found
 
-    def _policy(self, steps: Steps) -> Policy:
+    def _policy(self, layer: int, own: set[int]) -> Policy:
         if self.scenario.policy == "belady":
-            return Belady(steps, self.scenario.look_ahead)
+            believed = self.experts if self.scenario.believed is None else self.scenario.believed
+            steps = [self._known(believed[layer], batch, own) for batch in self.scenario.batches]
+            return Belady([list(step) for step in steps], self.scenario.look_ahead, steps)
         return Lfu() if self.scenario.policy == "lfu" else Lru()
+
+    def _known(self, routing: np.ndarray, batch: np.ndarray, own: set[int]) -> dict[int, int]:
+        """Of the device's own experts those that a batch needs, and since which step that is known."""
+        found: dict[int, int] = {}
+        since = self.scenario.known_from
+        for token, experts in zip(batch.tolist(), routing[batch].tolist(), strict=True):
+            step = 0 if since is None else int(since[token])
+            for expert in own.intersection(experts):
+                found[expert] = min(found.get(expert, step), step)
+        return found
 
     def run(self) -> Outcome:
         now, taken = 0.0, []
         at = np.arange(self.experts.shape[1]) % self.devices.count
         for batch in self.scenario.batches:
             began, place = now, at[batch] if self.scenario.home is None else self.scenario.home[batch]
+            self.began.append(began)
             self._foresee(batch, began)
             for layer in range(self.layers):
                 now, place = self._layer(layer, batch, place, now)
@@ -230,13 +250,14 @@ class Replay:
                 self.loads += len(missing)
                 free_s = float(self.slots_free[layer, device])
                 if self.scenario.foresight == "known":
-                    early, ready_s = missing, free_s
+                    since = self._known(self.experts[layer], batch, set(missing))
+                    early = {expert: self.began[since[expert]] for expert in missing}
                 else:
-                    early, ready_s = [e for e in missing if e in guessed], max(free_s, began)
+                    early = {expert: began for expert in missing if expert in guessed}
                 self.late[layer, device] = [expert for expert in missing if expert not in early]
                 queue = self.foreseen[device]
-                queue.extend(_Foreseen(layer, expert, ready_s, True) for expert in early)
-                queue.extend(_Foreseen(layer, expert, ready_s, False) for expert in sorted(wrong))
+                queue.extend(_Foreseen(layer, expert, max(free_s, at_s), True) for expert, at_s in early.items())
+                queue.extend(_Foreseen(layer, expert, max(free_s, began), False) for expert in sorted(wrong))
 
     def _load(self, layer: int, now: float) -> np.ndarray:
         """When each device has the layer's experts: (devices,)."""

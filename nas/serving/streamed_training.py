@@ -14,6 +14,7 @@ nor accumulated over several backward passes (each one takes a step). The file i
 killed starts from the last model that `save` wrote.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ import torch
 from torch.optim.adamw import adamw
 
 from ...distill.save import save_model
-from ...export.atomic import require_space
+from ...export.atomic import require_space, size_text
 from ...export.directory import ModelDirectory
+from ...export.errors import OutputSpaceError
 from .errors import PlanError
 from .expert_store import CPU, Buffers, ExpertFiles, ExpertStore, Key, StreamConfig
 from .streaming import Ahead, StreamedExperts, gated, module_name, open_streamed
@@ -43,7 +45,12 @@ class ExpertAdamW:
 
 
 class TrainedFiles(ExpertFiles):
-    """Weights, moments and step counts of all experts in one file of float32; moments begin as holes in it."""
+    """Weights, moments and step counts of all experts in one file of float32.
+
+    Raises:
+        OutputSpaceError: if there is no room for it. The room is taken at once: a write into a mapped file's hole on a
+            disk that has filled since would kill the process (SIGBUS).
+    """
 
     def __init__(self, source: ModelDirectory, dtype: torch.dtype, path: Path) -> None:
         super().__init__(source, dtype)
@@ -61,7 +68,8 @@ class TrainedFiles(ExpertFiles):
         self._size = 3 * self.width * self.hidden
         columns = 3 * self._size + 1
         require_space(path.parent, len(self._row) * columns * 4)
-        self._rows = np.memmap(path, np.float32, "w+", shape=(len(self._row), columns))
+        _reserve(path, len(self._row) * columns * 4)
+        self._rows = np.memmap(path, np.float32, "r+", shape=(len(self._row), columns))
         buffers = super().buffers(CPU)
         for key, row in self._row.items():
             super().read(key, buffers)
@@ -85,6 +93,17 @@ class TrainedFiles(ExpertFiles):
         row = torch.from_numpy(self._rows[self._row[key]])
         for buffer, part in zip(buffers, row.split([buffer.numel() for buffer in buffers]), strict=True):
             part.copy_(buffer.flatten())
+
+
+def _reserve(path: Path, size_bytes: int) -> None:
+    """A file of so many zeros, whose blocks are there."""
+    try:
+        with path.open("xb") as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+    except OSError as error:
+        raise OutputSpaceError(
+            f"{path} cannot have its {size_text(size_bytes)}: {error.strerror}. Name another place for it"
+        ) from error
 
 
 class Trainer:

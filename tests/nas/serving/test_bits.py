@@ -36,9 +36,32 @@ def test_the_plan_is_the_best_of_all_choices(numbers: list[int], mean_bits: floa
     )
     found = plan_bits(harm, WIDTHS, parameters=64, mean_bits=mean_bits)
     assert found.harm == pytest.approx(best) and found.proven
-    assert found.harm <= found.uniform_harm and found.mean_bits <= mean_bits
+    assert found.harm <= found.baseline_harm + 1e-9 and found.mean_bits <= mean_bits
+    # what it is held against fills the bytes as far as whole experts do, without looking at harm
+    spent = [bytes_of(width, 64, 32) for width in found.baseline.ravel().tolist()]
+    place = [WIDTHS.index(width) for width in found.baseline.ravel().tolist()]
+    left = mean_bits / 8 * 64 * 4 - sum(spent)
+    wider = np.diff(sizes)[min(place)] if min(place) < 2 else np.inf
+    assert 0 <= left < wider and max(place) - min(place) <= 1 and place == sorted(place, reverse=True)
     layers = plan_bits(harm, WIDTHS, parameters=64, mean_bits=mean_bits, granularity="layer")
     assert (layers.bits == layers.bits[:, :1]).all() and layers.harm >= found.harm - 1e-9
+
+
+def test_eight_bits_are_not_held_against_four() -> None:
+    """At 8 bits a weight with scales 8.5 does not fit, and nearly all experts can have it nevertheless."""
+    harm = np.tile(np.array([4.0, 2.0, 1.0, 0.1, 0.0]), (4, 8, 1))
+    found = plan_bits(harm, (2, 3, 4, 8, 16), parameters=1024, mean_bits=8)
+    assert (found.baseline == 8).sum() == 28 and (found.baseline == 4).sum() == 4
+    assert found.baseline_harm < harm[:, :, 2].sum() / 2
+
+
+def test_an_expert_that_no_token_took_is_not_the_one_that_bears_most(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", decoder("mixtral", layers=2))
+    harm = measure_harm(path, IDS[:1, :1], (2, 4))  # one token takes 2 of 4 experts
+    assert (harm[:, :, 0] > 0).all()
+    for layer in harm[:, :, 0]:
+        unseen = [value for value in layer if (layer == value).sum() == 2]
+        assert len(unseen) == 2 and unseen[0] == pytest.approx(layer.mean())
 
 
 def test_bits_that_cannot_be_are_refused() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refound.nas.serving.batching import Batching, batches_of, shared_of
+from refound.nas.serving.batching import Batching, batches_of, known_from, shared_of
 from refound.nas.serving.caching import Belady, Cache, Lfu, Lru, Policy, Steps, hit_rates, replay
 from refound.nas.serving.errors import PlanError
 
@@ -84,6 +84,46 @@ def test_policies_by_hand() -> None:
     assert replay(steps, 2, Belady(steps, 0)).loads == replay(steps, 2, Lru()).loads  # knows nothing: LRU
     with pytest.raises(PlanError, match="0 slots"):
         replay(steps, 0, Lru())
+
+
+def test_belady_goes_by_what_is_believed_and_known() -> None:
+    """Hits are those of the true steps, however wrong the guess is; and a use that is not known yet counts as none."""
+    steps = [[0], [0], [1], [2], [0], [1]]
+    few, wrong = [[0], [1], [2], [0]], [[0], [1], [2], [1]]
+    assert replay(few, 2, Belady(few)).loads == 3
+    assert replay(few, 2, Belady(wrong)).loads == 4  # 0 is given up for 2, since 1 is believed to come next
+    late = [dict.fromkeys(items, step) for step, items in enumerate(steps)]  # nothing is known beforehand: LRU
+    assert replay(steps, 2, Belady(steps, None, late)).loads == replay(steps, 2, Lru()).loads == 5
+    soon = [dict.fromkeys(items, step - 1) for step, items in enumerate(steps)]
+    assert replay(steps, 2, Belady(steps, None, soon)).loads == 4  # that 0 comes is known when 2 is loaded
+
+
+def test_a_guess_is_not_the_true_routing() -> None:
+    """A look-ahead by a guess that is right is the bound; by one that is always wrong it hits less."""
+    experts, _ = chained(layers=3, experts=16, tokens=800, faith=0.6, seed=2, top_k=2)
+    right = {name: one.hit_rate for name, one in hit_rates(experts, 16, 5, predicted=experts).items()}
+    wrong = {name: one.hit_rate for name, one in hit_rates(experts, 16, 5, predicted=(experts + 5) % 16).items()}
+    assert right["belady-predicted"] == right["belady-look-ahead"] == wrong["belady-look-ahead"]
+    assert wrong["belady-predicted"] < right["lru"] < right["belady-predicted"]
+
+
+def test_devices_are_asked_for_their_own_experts() -> None:
+    experts, _ = chained(layers=2, experts=8, tokens=400, faith=0.6, seed=2, top_k=2)
+    device_of = np.arange(8)[None, :].repeat(2, 0) % 2
+    found = hit_rates(experts, 8, 4, device_of=device_of)  # each device has room for its four
+    assert {one.loads for one in found.values()} == {16} and found["lru"].requests == 2 * 400 * 2
+    assert hit_rates(experts, 8, 4)["belady"].loads > 16
+    with pytest.raises(PlanError, match="of one device"):
+        hit_rates(experts, 8, 4, scope="shared", device_of=device_of)
+
+
+def test_a_token_is_known_when_the_one_before_it_is_made() -> None:
+    how = Batching(batch=2, active=2, patience=8)
+    starts, experts = np.array([0, 3, 5, 7]), np.zeros((1, 7, 1), np.int16)
+    found = batches_of(experts, starts, 1, how, expert_aware=False)
+    assert [one.tolist() for one in found] == [[0, 3], [1, 4], [2, 5], [6]]
+    # the third sequence is opened when the second has ended, after step 1
+    assert known_from(starts, found, how).tolist() == [0, 1, 2, 0, 1, 2, 3]
 
 
 def test_a_longer_look_ahead_hits_more_on_a_long_trace() -> None:

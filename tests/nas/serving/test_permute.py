@@ -109,24 +109,37 @@ def test_orders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_maps_say_the_placement() -> None:
     device_of = np.array([[1, 0, 1, 0], [0, 0, 1, 1]])
-    told = expert_map("sglang", device_of, 2, layers=[0, 2], model_layers=3)
+    told = expert_map("sglang", device_of, 2, family="qwen2_moe", layers=[0, 2], model_layers=3)
     rows = told["physical_to_logical_map"]
     assert rows == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3]]
     for row, index in ((0, 0), (1, 2)):  # as SGLang reads it: place // experts on a rank
         for place, expert in enumerate(rows[index]):
             assert place // 2 == device_of[row][expert]
-    told = expert_map("vllm-ascend", device_of, 2, layers=[0, 2], model_layers=3)
+    told = expert_map("vllm-ascend", device_of, 2, family="qwen3_moe", layers=[0, 1], model_layers=2)
     assert told["moe_layer_count"] == 2
     assert told["layer_list"][0] == {
         "layer_id": 0,
         "device_count": 2,
         "device_list": [{"device_id": 0, "device_expert": [1, 3]}, {"device_id": 1, "device_expert": [0, 2]}],
     }
-    assert told["layer_list"][1]["layer_id"] == 2
-    with pytest.raises(PlanError, match="do not divide by 3 devices"):
-        expert_map("sglang", np.array([[0, 0, 1, 2]]), 3, layers=[0], model_layers=1)
-    with pytest.raises(PlanError, match="'vllm' reads no expert map"):
-        expert_map("vllm", device_of, 2, layers=[0, 2], model_layers=3)
+    assert told["layer_list"][1]["layer_id"] == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "family", "devices", "layers", "told"),
+    [
+        ("sglang", "qwen3_moe", 3, [0], "do not divide by 3 devices"),
+        ("vllm-ascend", "qwen3_moe", 3, [0], "do not divide by 3 devices"),  # its reader makes one tensor of them
+        ("sglang", "mixtral", 2, [0], "and not for mixtral"),  # its class says nothing of where experts are
+        ("vllm-ascend", "qwen2_moe", 2, [0], "and not for qwen2_moe"),
+        ("vllm-ascend", "qwen3_moe", 2, [1], "only 1 of 2 layers have experts"),
+        ("vllm", "qwen3_moe", 2, [0], "'vllm' reads no expert map"),
+    ],
+)
+def test_what_takes_no_map_is_told(engine: str, family: str, devices: int, layers: list[int], told: str) -> None:
+    device_of = np.array([[0, 0, 1, 1]]) if devices == 2 else np.array([[0, 0, 1, 2]])
+    with pytest.raises(PlanError, match=told):
+        expert_map(engine, device_of, devices, family=family, layers=layers, model_layers=layers[-1] + 1)
 
 
 def test_the_order_puts_each_device_together() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables that say where a token will go: better than always guessing what is taken most, and blind to what comes."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,30 @@ def test_a_guess_knows_nothing_of_what_comes() -> None:
     other[3:, 250] = (other[3:, 250] + 3) % 8
     before, after = (predictor.scores(one, ids, starts, "path") for one in (experts, other))
     assert (before[:4, 250] == after[:4, 250]).all() and (before[4, 250] != after[4, 250]).any()
+
+
+def test_a_queue_of_ids_is_guessed_without_any_routing() -> None:
+    experts, ids, starts = made(600)
+    predictor = fit(experts, ids, starts, 8)
+    other = predictor.scores((experts + 3) % 8, ids, starts, "queue")
+    assert (predictor.scores(experts, ids, starts, "queue") == other).all()
+    guess = predictor.guess(experts, ids, starts, "queue", 1)
+    assert hit_rate(guess, experts) > hit_rate(marginal_guess(predictor.marginal, 600, 1), experts)
+
+
+def test_memory_is_a_layers() -> None:
+    """What is held while weights are chosen and guesses made does not grow with the layers, but for the guesses."""
+    draw = np.random.default_rng(0)
+    peaks = []
+    for layers in (2, 8):
+        experts, ids = draw.integers(0, 64, (layers, 2000, 2)).astype(np.int16), draw.integers(0, 50, 2000)
+        starts = np.arange(0, 2001, 100)
+        predictor = fit(experts, ids, starts, 64)
+        tracemalloc.start()
+        predictor.guess(experts, ids, starts, "path", 2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_ids_that_were_never_seen_are_guessed_by_what_is_taken_most() -> None:

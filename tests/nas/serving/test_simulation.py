@@ -83,10 +83,44 @@ def test_what_is_foreseen_is_loaded_beside_the_computing() -> None:
     assert known.seconds == pytest.approx(8e-3) and known.hit_rate == none.hit_rate
     right = replace(base, foresight="predicted", guessed=experts)
     assert simulate(experts, devices, right).seconds == pytest.approx(8e-3)
+    # decoding one sequence: no token's id is there before the step in which it is computed
+    since = np.arange(4)
+    late = simulate(experts, devices, replace(base, foresight="known", known_from=since))
+    assert late.seconds == pytest.approx(8e-3) and late.loaded_gb == known.loaded_gb
     wrong = replace(base, foresight="predicted", guessed=1 - experts)
     found = simulate(experts, devices, wrong)
     assert found.seconds >= none.seconds and found.loaded_gb > none.loaded_gb
     assert found.hit_rate == none.hit_rate
+
+
+def test_a_step_before_the_token_is_made_loads_nothing() -> None:
+    """One layer: a load can hide behind the step before it only if the token's id is known there."""
+    experts = np.array([[[0], [1], [0], [1]]])
+    devices = replace(FREE, gpus=1, memory_gb=0.0015, memory_gb_s=1)
+    base = scenario(experts, np.zeros((1, 2), int), [[0], [1], [2], [3]], foresight="known", slots=1)
+    late = simulate(experts, devices, replace(base, known_from=np.arange(4)))
+    none = simulate(experts, devices, replace(base, foresight="none"))
+    assert late.seconds == pytest.approx(none.seconds)
+
+
+def test_decoding_knows_each_sequences_next_token_only() -> None:
+    """Belady with all that comes loads less than with what is there when it must choose, which is at least LRU's."""
+    experts, _ = chained(layers=2, experts=16, tokens=600, faith=0.5, seed=3, top_k=2)
+    devices = replace(FREE, gpus=1, memory_gb=0.0125)
+    base = scenario(experts, np.zeros((2, 16), int), [[token] for token in range(600)], policy="belady", look_ahead=64)
+    ahead = simulate(experts, devices, base)
+    one = simulate(experts, devices, replace(base, known_from=np.arange(600)))
+    lru = simulate(experts, devices, replace(base, policy="lru"))
+    assert one.hit_rate == lru.hit_rate < ahead.hit_rate  # a single sequence: nothing is known beforehand
+    wrong = simulate(experts, devices, replace(base, believed=(experts + 5) % 16))
+    assert wrong.hit_rate < lru.hit_rate
+
+
+def test_slots_that_are_asked_for_are_the_slots() -> None:
+    experts, _ = chained(layers=2, experts=16, tokens=200, faith=0.5, seed=3, top_k=2)
+    base = scenario(experts, np.zeros((2, 16), int), [[token] for token in range(200)])
+    found = [simulate(experts, replace(FREE, gpus=1), replace(base, slots=slots)).hit_rate for slots in (2, 6, 0)]
+    assert found[0] < found[1] < found[2] == 1
 
 
 def test_computing_is_bound_by_reading_or_by_multiplying() -> None:

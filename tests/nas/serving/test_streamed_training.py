@@ -8,8 +8,8 @@ import pytest
 import torch
 from refound.export.directory import open_directory
 from refound.nas.serving.errors import PlanError
-from refound.nas.serving.expert_store import StreamConfig
-from refound.nas.serving.streamed_training import ExpertAdamW, open_training
+from refound.nas.serving.expert_store import ExpertStore, StreamConfig
+from refound.nas.serving.streamed_training import ExpertAdamW, TrainedFiles, open_training
 from safetensors.torch import load_file
 
 from ...export.models import decoder, write_model
@@ -110,6 +110,49 @@ def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
                 training.model(BATCHES[3 - step])
         found = train(training.model, training.model.parameters(), steps=4)
     assert found == wanted
+
+
+@pytest.mark.parametrize(("slots", "asked"), [((1, 1), [0, 1]), ((2, 2), [0, 1, 2, 3])])
+def test_a_write_that_fails_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: tuple[int, int], asked: list[int]
+) -> None:
+    """The last expert that is asked for needs a slot whose changed expert cannot be written, and it goes on later.
+
+    One slot each: that of the host, for the new one. Two: that of the host, for the one that leaves the device.
+    """
+    path = write_model(tmp_path / "model", decoder("mixtral", layers=1))
+    files = TrainedFiles(open_directory(path, tokenizer=False), torch.float32, tmp_path / "x")
+    store = ExpertStore(files, StreamConfig(device_slots=slots[0], host_slots=slots[1]), torch.device("cpu"))
+
+    def stored(expert: int) -> torch.Tensor:
+        buffers = files.buffers(torch.device("cpu"))
+        files.read((0, expert), buffers)
+        return buffers[0]
+
+    before = [stored(expert) for expert in range(4)]
+    for expert in asked[:-1]:
+        store.get((0, expert))[0].add_(expert + 1)
+        store.changed((0, expert))
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(TrainedFiles, "write", full)
+        with pytest.raises(OSError, match="the disk is full"):
+            store.get((0, asked[-1]))
+    assert torch.equal(store.get((0, asked[-1]))[0], before[asked[-1]])
+    store.flush()
+    for expert in asked[:-1]:
+        assert torch.equal(stored(expert), before[expert] + (expert + 1))
+    store.close()
+
+
+def test_the_scratch_file_has_its_blocks(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", decoder("mixtral", layers=1))
+    TrainedFiles(open_directory(path, tokenizer=False), torch.float32, tmp_path / "x")
+    told = (tmp_path / "x").stat()
+    assert told.st_blocks * 512 >= told.st_size > 0
 
 
 def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model whose experts come from disk computes, to the bit, what it does with all of them in memory."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 from refound.export.architecture import FFN
+from refound.export.directory import open_directory
 from refound.nas.serving.errors import CapacityError, MismatchError
-from refound.nas.serving.expert_store import ExpertFiles, StreamConfig
+from refound.nas.serving.expert_store import ExpertFiles, ExpertStore, StreamConfig
 from refound.nas.serving.streaming import open_streamed
 
 from ...export.models import decoder, with_layer, write_model
@@ -84,12 +86,32 @@ def test_a_read_that_fails_leaves_nothing_half_read(tmp_path: Path, monkeypatch:
             read(self, key, buffers)
 
         monkeypatch.setattr(ExpertFiles, "read", fails_once)
-        try:
-            assert torch.equal(model(IDS).logits, wanted)  # it was read ahead in vain, and again when it was needed
-        except OSError as error:
-            assert "the disk is gone" in str(error)
+        # whoever asks for it is told; if it was read ahead for nobody yet, it is read again when it is needed
+        with contextlib.suppress(OSError):
+            model(IDS)
         assert len(calls) >= 5
         assert torch.equal(model(IDS).logits, wanted)
+
+
+def test_what_is_expected_stays_until_it_is_used(tmp_path: Path) -> None:
+    """Two host slots: reading a third expert ahead must not push out the first, which is needed before it."""
+    path = write_model(tmp_path / "model", decoder("mixtral", layers=1))
+    files = ExpertFiles(open_directory(path, tokenizer=False), torch.float32)
+    store = ExpertStore(files, StreamConfig(device_slots=1, host_slots=2), torch.device("cpu"))
+    coming = [(0, 0), (0, 1), (0, 2)]
+    for _ in range(2):
+        store.expect(coming)
+        for reading in list(store._reading.values()):
+            reading.result()
+    assert store.counts.read_ahead == 2
+    for key in coming[:2]:
+        wanted = files.buffers(torch.device("cpu"))
+        files.read(key, wanted)
+        assert all(torch.equal(one, other) for one, other in zip(store.get(key), wanted, strict=True))
+    assert (store.counts.from_disk, store.counts.in_host) == (0, 2)
+    store.get(coming[2])
+    assert store.counts.from_disk == 1
+    store.close()
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
