@@ -38,7 +38,7 @@ from .refit import refit
 from .splits import LayerSplit, Split, find_split
 
 Progress = Callable[[str], None]
-VERSION = 1
+VERSION = 2
 """Raised when the same settings give other weights than before."""
 
 
@@ -100,7 +100,8 @@ class Carved:
     layout: str
     shape: Shape
     layers: tuple[dict[str, Any], ...]
-    """By layer with experts: `layer`, and of its gate agreement, kept, load, dead, before, after."""
+    """By layer with experts: `layer`, and of its gate agreement, kept, load, dead, left, before, after, all from before
+    training."""
     quality: dict[str, Any] | None
     """Beside the dense model, on held-out text, before training. None: only Llama's blocks are measured."""
     trained: Distilled | None
@@ -126,7 +127,9 @@ class Carved:
         dead = [(layer["layer"], expert) for layer in gates for expert in layer["dead"]]
         if dead:
             told = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:6])
-            lines.append(f"{len(dead)} dead experts were put right: {told}{' …' if len(dead) > 6 else ''}")
+            left = sum(len(layer.get("left", ())) for layer in gates)
+            but = f", but {left} of them are dead still" if left else ""
+            lines.append(f"{len(dead)} dead experts were put right{but}: {told}{' …' if len(dead) > 6 else ''}")
         if self.quality:
             lines.append(f"KL to the dense model {self.quality['kl']:.4f} ± {self.quality['kl_se']:.4f}")
         if self.trained:
@@ -219,7 +222,8 @@ class Carving:
         seen = self.calibration.evidence(layer, "activations")
         gate = distil_gate(seen, split, shape, self.config.router, generator)
         fitted = refit(seen, split, gate.weight, self.layout, self.config.refit)
-        facts = {"agreement": gate.agreement, "kept": gate.kept, "load": list(gate.load), "dead": list(gate.dead)}
+        facts = {"agreement": gate.agreement, "kept": gate.kept, "load": list(gate.load)}
+        facts |= {"dead": list(gate.dead), "left": list(gate.left)}
         return {"router": gate.weight, "down": fitted.down}, facts | {"before": fitted.before, "after": fitted.after}
 
     def mixture(self, layer: int) -> Mixture:
@@ -341,7 +345,8 @@ def _write(carving: Carving, progress: Progress) -> Carved:
     weights, quality, trained, loop = carving.weights(), None, None, None
     for layer in (facts := carving.facts()):
         if layer.get("dead"):
-            progress(f"layer {layer['layer']}: dead experts {layer['dead']} were put right")
+            but = f", but {layer['left']} are dead still" if layer["left"] else ""
+            progress(f"layer {layer['layer']}: dead experts {layer['dead']} were put right{but}")
     if carving.measures:
         held_out = windows_of(carving.source, config, "test", config.held_out)
         progress("measuring beside the dense model")
