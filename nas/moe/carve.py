@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ from ...distill.models import load
 from ...distill.quality import measure
 from ...distill.save import RECORD, save_model
 from ...export.architecture import Decoder
-from ...export.atomic import require_absent, size_text
+from ...export.atomic import require_absent, require_apart, size_text
 from ...export.directory import ModelDirectory, open_directory, read_decoder
 from ...export.errors import OutputExistsError, OutputSpaceError
 from ..jobs import Job, Result, Store, run_jobs
+from ..teacher import text_digest
 from . import qk_norm
 from .calibration import Calibration, windows_of
 from .config import CarveConfig, Shape
 from .errors import CarveUsageError, LayoutError, MoeError
+from .evidence import fitted_windows
 from .gates import distil_gate, virtual_gates
 from .layouts import Layout, lay_out
-from .module import Mixture, build_carved
+from .module import Mixture, build_carved, stored_dtype
 from .refit import refit
 from .splits import LayerSplit, Split, find_split
 
@@ -165,17 +168,38 @@ class Carving:
 
     def _enough_text(self) -> None:
         windows = len(self.calibration.windows)  # too little text is said now, not later
-        if self.split.needs == "gradients" and windows < self.shape.experts:
+        experts, sources = self.shape.experts, len(self.config.sources)
+        if self.split.needs == "gradients" and fitted_windows(windows) < experts:
+            enough = next(n for n in range(0, 4 * experts + 4 * sources, sources) if fitted_windows(n) >= experts)
             raise CarveUsageError(
-                f"{windows} windows cannot be clustered for {self.shape.experts} experts; say "
-                f"--tokens {self.shape.experts * self.config.length} or more"
+                f"{windows} windows cannot be clustered for {experts} experts, an eighth of them being held out; say "
+                f"--tokens {enough * self.config.length} or more"
             )
 
-    @property
+    @cached_property
+    def training_windows(self) -> torch.Tensor:
+        """What experts and gates are trained on: (n, length) int64, none without training."""
+        training = self.config.training
+        if not training.tokens:
+            return torch.empty(0, training.length, dtype=torch.int64)
+        count = max(training.tokens // (training.length * training.batch), 1) * training.batch
+        return windows_of(self.source, replace(self.config, length=training.length), "train", count)
+
+    @cached_property
+    def held_out_windows(self) -> torch.Tensor:
+        """What quality is measured on; none where it is not."""
+        if not self.measures:
+            return torch.empty(0, self.config.length, dtype=torch.int64)
+        return windows_of(self.source, self.config, "test", self.config.held_out)
+
+    @cached_property
     def run(self) -> str:
-        """What decides the result."""
+        """What decides the result: settings, the model, and the tokens themselves, since a file keeps its name when
+        its text is another."""
         config = replace(self.config, model=Path(), out=Path(), keep=None, overwrite=False)
-        return digest([VERSION, self.fingerprint, json.loads(json.dumps(asdict(config), default=str))])
+        texts = [self.calibration.text if self.listens else ""]
+        texts += [text_digest(self.training_windows), text_digest(self.held_out_windows)]
+        return digest([VERSION, self.fingerprint, json.loads(json.dumps(asdict(config), default=str)), texts])
 
     def split_job(self, layer: int) -> Job:
         text = self.calibration.text if self.split.needs != "nothing" else ""
@@ -262,8 +286,7 @@ class Carving:
 
     @property
     def dtype(self) -> torch.dtype:
-        stored = self.source.tensors["model.embed_tokens.weight"].dtype
-        return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[stored]
+        return stored_dtype(self.source)
 
     def facts(self) -> list[dict[str, Any]]:
         return [{"layer": layer, **self.store.facts(self.gate_job(layer))} for layer in self.layout.sparse]
@@ -331,6 +354,7 @@ def run_carve(config: CarveConfig, progress: Progress) -> Carved:
         if (done := _finished(config, carving.run)) is not None:
             progress(f"{config.out} is the result of this very run already")
             return done
+        require_apart(config.out, [config.model])
         require_absent(config.out, overwrite=config.overwrite)
         carving.store.sweep()
         carving.run_jobs(progress)
@@ -348,9 +372,9 @@ def _write(carving: Carving, progress: Progress) -> Carved:
             but = f", but {layer['left']} are dead still" if layer["left"] else ""
             progress(f"layer {layer['layer']}: dead experts {layer['dead']} were put right{but}")
     if carving.measures:
-        held_out = windows_of(carving.source, config, "test", config.held_out)
         progress("measuring beside the dense model")
-        quality = measure(build_carved(layout.decoder, weights), load(carving.source), held_out).to_json()
+        child = build_carved(layout.decoder, weights)
+        quality = measure(child, load(carving.source), carving.held_out_windows).to_json()
     if config.training.tokens:
         from .finetune import finetune
 

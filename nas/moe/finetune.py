@@ -14,7 +14,6 @@ import torch
 from ...distill.config import DistillConfig
 from ...distill.loop import Distilled, Loop
 from ...distill.models import load
-from .calibration import windows_of
 from .module import build_carved, carved_weights, mixtures
 
 if TYPE_CHECKING:
@@ -41,15 +40,12 @@ def finetune(
         held_out=config.held_out,
         seed=config.seed,
     )
-    from dataclasses import replace
-
-    lengths = replace(config, length=training.length)
     loop = Loop(
         own,
         trainable(child),
         load(carving.source),
-        windows_of(carving.source, lengths, "train", max(steps, 1) * training.batch),
-        windows_of(carving.source, config, "test", config.held_out),
+        carving.training_windows,
+        carving.held_out_windows,
         carving.run,
         None,
         alone=True,

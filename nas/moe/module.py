@@ -182,6 +182,12 @@ def load_carved(source: ModelDirectory) -> Any:
     return build_carved(source.decoder, dict(source.weights(list(source.decoder.tensors()))))
 
 
+def stored_dtype(source: ModelDirectory) -> torch.dtype:
+    """What a directory's weights are stored in, and what is made of it is too."""
+    stored = source.tensors["model.embed_tokens.weight"].dtype
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[stored]
+
+
 def carved_weights(model: Any, decoder: Decoder) -> dict[str, torch.Tensor]:
     """The weights of such a module by the names that a directory of it has, in float32."""
     moe, state = decoder.blocks.moe, model.state_dict()

@@ -14,6 +14,7 @@ from refound.distill.config import Training
 from refound.distill.errors import TextError
 from refound.distill.models import load, open_blocks
 from refound.distill.quality import measure
+from refound.distill.save import save_model
 from refound.export.directory import open_directory
 from refound.export.errors import OutputExistsError
 from refound.nas.moe.calibration import windows_of
@@ -326,11 +327,85 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["path"] == str(tmp_path / "out")
     done = run.invoke(main, ["trace", str(tmp_path / "out"), "--out", str(tmp_path / "t"), "--tokens", "64"])
-    assert done.exit_code == 1 and "--tokens" in done.output
+    assert done.exit_code == 2 and "--tokens" in done.output
+    done = run.invoke(main, ["trace", str(tmp_path / "out"), "--out", str(tmp_path / "t"), "--length", "0"])
+    assert done.exit_code == 2 and "not one sequence of 0" in done.output
     trace = ["trace", str(tmp_path / "out"), "--out", str(tmp_path / "t"), "--tokens", "64", "--length", "32", "--json"]
     done = run.invoke(main, trace)
     assert done.exit_code == 0 and json.loads(done.stdout)["sequences"] == 2
     assert read_trace(tmp_path / "t", model=model_sha256(tmp_path / "out")).top_k == 2
+
+
+def test_a_trace_replaces_nothing_unasked(model: Path, tmp_path: Path) -> None:
+    path, run = write_model(tmp_path / "moe", decoder("mixtral")), CliRunner()
+    base = ["trace", str(path), "--tokens", "64", "--length", "32", "--out"]
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    done = run.invoke(main, [*base, str(mine)])
+    assert done.exit_code == 1 and "--overwrite" in done.output and mine.read_text() == "mine"
+    assert run.invoke(main, [*base, str(mine), "--overwrite"]).exit_code == 0 and read_trace(mine).sequences == 2
+    before = model_sha256(path)
+    for name in ("model.safetensors", "trace.safetensors"):
+        done = run.invoke(main, [*base, str(path / name), "--overwrite"])
+        assert done.exit_code == 1 and "take every *.safetensors for weights" in done.output
+    assert model_sha256(path) == before
+    mine.write_text("mine")
+    carve = ["carve", str(model), "--out", str(tmp_path / "out"), "--trace", str(mine)]
+    done = run.invoke(main, carve)
+    assert done.exit_code == 1 and "--overwrite" in done.output and mine.read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_carving_with_a_trace_is_done_once_too(model: Path, tmp_path: Path) -> None:
+    words = ["carve", str(model), "--out", str(tmp_path / "out"), "--trace", str(tmp_path / "t"), "--split", "random"]
+    words += ["--experts", "6", "--active", "6", "--length", "32", "--tokens", "512"]
+    for _ in range(2):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+    assert "already" in done.output and "traced" not in done.output
+    assert read_trace(tmp_path / "t", model=model_sha256(tmp_path / "out")).sequences == 16
+
+
+def test_too_little_text_for_the_trace_is_said_before_carving(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("a few words and a line end.\n" * 4000)
+    words = ["carve", str(model), "--out", str(tmp_path / "out"), "--trace", str(tmp_path / "t"), "--length", "8"]
+    words += ["--text", str(tmp_path / "few.txt"), "--tokens", "256", "--experts", "6"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1 and "too little text" in done.output and "for test" in done.output
+    assert not (tmp_path / "out").exists() and "calibration" not in done.output
+
+
+@pytest.mark.parametrize("place", ["model", "."])
+def test_a_carving_never_replaces_the_model_it_is_of(tmp_path: Path, place: str) -> None:
+    path = dense(tmp_path / "all" / "model")
+    before = sorted(path.iterdir())
+    with pytest.raises(OutputExistsError, match="itself"):
+        run_carve(config(path, tmp_path / "all" / place, split="random", active=6, overwrite=True), quiet)
+    assert sorted(path.iterdir()) == before
+    with pytest.raises(OutputExistsError, match="itself"):
+        source = open_directory(path)
+        weights = dict(source.weights(list(source.decoder.tensors())))
+        save_model(path, source.decoder, weights, companions_of=source, record={}, overwrite=True)
+    assert sorted(path.iterdir()) == before
+
+
+def test_another_text_of_the_same_name_is_another_run(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven.\n" * 6000)
+    wanted = config(model, tmp_path / "out", sources=(str(text),), split="random", active=6)
+    run_carve(wanted, quiet)
+    text.write_text("seven six five four three two one.\n" * 6000)
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        run_carve(wanted, quiet)
+
+
+def test_longer_windows_of_the_same_tokens_are_other_work(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven.\n" * 6000)
+    first = config(model, tmp_path / "one", sources=(str(text),), keep=tmp_path / "kept", tokens=512)
+    run_carve(first, quiet)
+    plan = plan_carve(replace(first, out=tmp_path / "two", length=16))
+    assert plan.done == {"calibration": 0, "splits": 0, "gates": 0}
 
 
 @pytest.mark.parametrize(
