@@ -104,7 +104,7 @@ class Carved:
     shape: Shape
     layers: tuple[dict[str, Any], ...]
     """By layer with experts: `layer`, and of its gate agreement, kept, load, dead, left, before, after, all from before
-    training."""
+    training; `load_after` and `dead_after` are those of the trained gates on held-out text."""
     quality: dict[str, Any] | None
     """Beside the dense model, on held-out text, before training. None: only Llama's blocks are measured."""
     trained: Distilled | None
@@ -137,6 +137,11 @@ class Carved:
             lines.append(f"KL to the dense model {self.quality['kl']:.4f} ± {self.quality['kl_se']:.4f}")
         if self.trained:
             lines.append(str(self.trained))
+        dead = [(layer["layer"], expert) for layer in gates for expert in layer.get("dead_after", ())]
+        if dead:
+            told = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:6])
+            more = " …" if len(dead) > 6 else ""
+            lines.append(f"after training {len(dead)} experts are dead on held-out text: {told}{more}")
         return "\n".join(lines)
 
 
@@ -378,7 +383,9 @@ def _write(carving: Carving, progress: Progress) -> Carved:
     if config.training.tokens:
         from .finetune import finetune
 
-        trained, weights, loop = finetune(carving, weights, progress)
+        done = finetune(carving, weights, progress)
+        trained, weights, loop = done.outcome, done.weights, done.loop
+        facts = [fact | after for fact, after in zip(facts, done.loads, strict=True)]
     found = Carved(
         path=config.out,
         layout=layout.decoder.family,
@@ -463,6 +470,6 @@ def carved_source(path: Path) -> ModelDirectory:
         LayoutError: if it has none.
     """
     source = open_directory(path, tokenizer=False)
-    if all(layer.ffn.kind != "moe" for layer in source.decoder.layers):
+    if not source.decoder.moe_layers:
         raise LayoutError(f"{path} has no experts; make some with: refound carve {path}")
     return source

@@ -143,7 +143,7 @@ class _PreGating:
     @cached_property
     def pregate(self) -> PreGate:
         config, decoder = self.config, self.source.decoder
-        sparse = [layer.ffn for layer in decoder.layers if layer.ffn.kind == "moe"]
+        sparse = [decoder.layers[index].ffn for index in decoder.moe_layers]
         shape = PreGateShape(
             vocab_size=decoder.vocab_size,
             layers=len(sparse),

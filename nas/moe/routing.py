@@ -5,7 +5,7 @@ Any family with experts in the table, carved or not: the model's own modules com
 of the stored gates on what goes into each mixture, with the softmax and the top k that these layouts share.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def windows_to_trace(config: TraceConfig, source: ModelDirectory) -> torch.Tenso
 
 def trace_of(source: ModelDirectory, windows: torch.Tensor, progress: Callable[[str], None]) -> RoutingTrace:
     """The trace of `windows` (n, length), each a sequence."""
-    model, gates, layers = runnable(source), gates_of(source), sparse_layers(source)
+    model, gates, layers = runnable(source), gates_of(source), source.decoder.moe_layers
     ffn = source.decoder.layers[layers[0]].ffn
     parts = []
     for number, ids in enumerate(windows.split(_BATCH), start=1):
@@ -141,14 +141,10 @@ def runnable(source: ModelDirectory) -> Any:
         return model.eval().requires_grad_(False)
 
 
-def sparse_layers(source: ModelDirectory) -> Sequence[int]:
-    return [index for index, layer in enumerate(source.decoder.layers) if layer.ffn.kind == "moe"]
-
-
 def gates_of(source: ModelDirectory) -> list[torch.Tensor]:
     """(E, hidden) float32 of each layer with experts."""
     moe = source.decoder.blocks.moe
     assert moe is not None
-    names = [f"model.layers.{layer}.{moe.router}" for layer in sparse_layers(source)]
+    names = [f"model.layers.{layer}.{moe.router}" for layer in source.decoder.moe_layers]
     found = dict(source.weights(names))
     return [found[name].float() for name in names]

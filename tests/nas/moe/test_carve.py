@@ -22,6 +22,7 @@ from refound.nas.moe.carve import Carving, plan_carve, run_carve
 from refound.nas.moe.config import CarveConfig, Shape
 from refound.nas.moe.errors import CarveUsageError, LayoutError
 from refound.nas.moe.gates import DEAD
+from refound.nas.moe.hearing import loads
 from refound.nas.moe.layouts import lay_out
 from refound.nas.moe.module import MoeFFN, carved_weights, load_carved, mixtures
 from refound.nas.moe.qk_norm import widened
@@ -127,6 +128,29 @@ def test_training_helps_and_the_record_is_whole(trained: tuple[CarveConfig, Any]
     card = (wanted.out / "README.md").read_text()
     assert "2 of 6 experts of 16" in card and f"{found.trained.after.kl:.4f}" in card
     assert [p.name for p in wanted.out.parent.iterdir()] == [wanted.out.name]
+
+
+def test_loads_after_training_are_those_of_the_written_gates(trained: tuple[CarveConfig, Any]) -> None:
+    wanted, found = trained
+    told = loads(load_carved(open_directory(wanted.out)), windows_of(open_blocks(wanted.model), wanted, "test", 4))
+    assert [layer["load_after"] for layer in found.layers] == [layer["load_after"] for layer in told]
+    assert any(layer["load_after"] != layer["load"] for layer in found.layers)
+    assert all(sum(layer["load_after"]) == pytest.approx(6) for layer in found.layers)
+
+
+def test_one_expert_of_weight_1_leaves_its_gate_as_it_was(model: Path, tmp_path: Path) -> None:
+    """Its output says nothing of the gate, and balance alone led it away from what it was distilled to."""
+    base = config(model, tmp_path / "one", active=1, balance=1.0, refit=(), keep=tmp_path / "kept")
+    run_carve(base, quiet)
+    training = Training(tokens=32 * 4 * 2, length=32, batch=4, lr=1e-2)
+    run_carve(replace(base, out=tmp_path / "two", training=training), quiet)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    gates = [name for name in one if name.endswith("block_sparse_moe.gate.weight")]
+    assert len(gates) == 2 and all(torch.equal(one[name], two[name]) for name in gates)
+    assert not torch.equal(
+        one["model.layers.0.block_sparse_moe.experts.0.w1.weight"],
+        two["model.layers.0.block_sparse_moe.experts.0.w1.weight"],
+    )
 
 
 def test_the_written_model_is_the_one_that_was_measured(trained: tuple[CarveConfig, Any]) -> None:
