@@ -22,6 +22,7 @@ from ...distill.exclusive import only_one
 from ...distill.loop import Distilled
 from ...distill.models import load
 from ...distill.quality import measure
+from ...distill.resume import state_folder
 from ...distill.save import RECORD, save_model
 from ...export.architecture import Decoder
 from ...export.atomic import require_absent, require_apart, size_text
@@ -356,14 +357,16 @@ def run_carve(config: CarveConfig, progress: Progress) -> Carved:
     folder = _folder(config)
     with _held(folder):
         carving = Carving(config, Store(folder / "store"))
-        if (done := _finished(config, carving.run)) is not None:
+        if (found := _finished(config, carving.run)) is not None:
             progress(f"{config.out} is the result of this very run already")
-            return done
-        require_apart(config.out, [config.model])
-        require_absent(config.out, overwrite=config.overwrite)
-        carving.store.sweep()
-        carving.run_jobs(progress)
-        found = _write(carving, progress)
+            # of a process that was killed when its model was written and its state not yet gone
+            shutil.rmtree(state_folder(config.out), ignore_errors=True)
+        else:
+            require_apart(config.out, [config.model])
+            require_absent(config.out, overwrite=config.overwrite)
+            carving.store.sweep()
+            carving.run_jobs(progress)
+            found = _write(carving, progress)
     if config.keep is None:
         shutil.rmtree(folder, ignore_errors=True)
     return found

@@ -170,8 +170,10 @@ def test_every_expert_is_alive(trained: tuple[CarveConfig, Any]) -> None:
 def test_the_same_run_is_done_once(trained: tuple[CarveConfig, Any]) -> None:
     wanted, found = trained
     said: list[str] = []
+    (wanted.out.parent / f".{wanted.out.name}.state").mkdir()  # of a process killed just after its model was written
     assert run_carve(wanted, said.append).to_json() == json.loads(json.dumps(found.to_json()))
     assert "already" in said[0]
+    assert [path.name for path in wanted.out.parent.iterdir()] == [wanted.out.name]
     with pytest.raises(OutputExistsError, match="--overwrite"):
         run_carve(replace(wanted, seed=1), quiet)
 
