@@ -79,8 +79,12 @@ class PreGated:
             path=config.out,
             sidecar=config.sidecar,
             rounds=tuple(told["rounds"]),
-            **{key: float(told[key]) for key in ("oracle", "gates", "chance")},
-            **{key: Quality(**told[key]) for key in ("before", "pregated", "stock")},
+            oracle=told["oracle"],
+            gates=told["gates"],
+            chance=told["chance"],
+            before=Quality(**told["before"]),
+            pregated=Quality(**told["pregated"]),
+            stock=Quality(**told["stock"]),
         )
 
     def to_text(self) -> str:
