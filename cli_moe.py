@@ -6,10 +6,16 @@ What is heavy is imported inside the command that needs it, as in `cli.py`.
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .exits import UsageError
+
+if TYPE_CHECKING:
+    from .distill.config import Training
+    from .nas.moe.config import CarveConfig
+    from .nas.moe.routing import TraceConfig
 
 
 @click.command(short_help="Make a mixture of experts of a dense model.")
@@ -38,28 +44,7 @@ from .exits import UsageError
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def carve(
-    model: Path,
-    out: Path | None,
-    experts: int,
-    active: int,
-    shared: int,
-    copies: int,
-    split: str,
-    layout: str,
-    dense_layers: str,
-    sources: tuple[str, ...],
-    tokens: int,
-    length: int,
-    settings: tuple[str, ...],
-    seed: int,
-    refit: bool,
-    trace_out: Path | None,
-    keep: Path | None,
-    overwrite: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def carve(model: Path, out: Path | None, trace_out: Path | None, dry_run: bool, as_json: bool, **typed: Any) -> None:
     """Split every FFN of MODEL (a directory, or smollm2-135m) into experts, give each layer a gate, and train both.
 
     With all experts active the result computes what MODEL does. Serve it with refound export.
@@ -75,48 +60,71 @@ def carve(
     Killed, the same command goes on from what is done, to the same bytes. Exit code 3 if the layout cannot hold the
     model. Methods and limits: docs/carve.md.
     """
-    from dataclasses import replace
-
-    from .distill.config import read_training
-    from .distill.packages import require
-    from .nas.moe.config import CarveConfig
-
-    training = read_training(settings)
-    if not any(setting.partition("=")[0].strip() == "tokens" for setting in settings):
-        training = replace(training, tokens=0)  # none, unless it is asked for
-    require("transformers", "tokenizers", "safetensors")
-    from .nas.teacher import teacher_directory
-
-    source = teacher_directory(str(model))
-    config = CarveConfig(
-        model=source,
-        out=out or Path(f"{model.name}-moe"),
-        experts=experts,
-        active=active,
-        shared=shared,
-        copies=copies,
-        split=split,
-        layout=layout,
-        dense_layers=_numbers(dense_layers),
-        sources=sources or CarveConfig.sources,
-        tokens=tokens,
-        length=length,
-        refit=CarveConfig.refit if refit else (),
-        training=training,
-        seed=seed,
-        keep=keep,
-        overwrite=overwrite,
-    )
+    config = _carve_config(model, out or Path(f"{model.name}-moe"), **typed)
     from .nas.moe.carve import plan_carve, run_carve
 
     if dry_run:
         plan = plan_carve(config)
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else plan.to_text())
         return
+    tracing = _tracing(config, trace_out)
     found = run_carve(config, lambda line: click.echo(line, err=True))
-    if trace_out is not None:
-        _trace(config.out, trace_out, config.sources, tokens=4096)
+    if tracing is not None:
+        _trace(tracing)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+
+
+def _carve_config(
+    model: Path,
+    out: Path,
+    *,
+    settings: tuple[str, ...],
+    dense_layers: str,
+    refit: bool,
+    sources: tuple[str, ...],
+    **plain: Any,
+) -> "CarveConfig":
+    """plain: what is typed as the configuration has it."""
+    training = _training(settings, tokens=0)  # none, unless it is asked for
+    from .distill.packages import require
+    from .nas.moe.config import CarveConfig
+
+    require("transformers", "tokenizers", "safetensors")
+    from .nas.teacher import teacher_directory
+
+    return CarveConfig(
+        model=teacher_directory(str(model)),
+        out=out,
+        dense_layers=_numbers(dense_layers),
+        sources=sources or CarveConfig.sources,
+        refit=CarveConfig.refit if refit else (),
+        training=training,
+        **plain,
+    )
+
+
+def _training(settings: tuple[str, ...], *, tokens: int) -> "Training":
+    """tokens: unless they are among the settings."""
+    from dataclasses import replace
+
+    from .distill.config import read_training
+
+    training = read_training(settings)
+    said = any(setting.partition("=")[0].strip() == "tokens" for setting in settings)
+    return training if said else replace(training, tokens=tokens)
+
+
+def _tracing(config: "CarveConfig", out: Path | None) -> "TraceConfig | None":
+    """The trace that a carving is to end with, checked before it begins. None: none is wanted, or it is there."""
+    from .nas.moe.routing import TraceConfig, check_ahead, is_traced
+
+    if out is None:
+        return None
+    tracing = TraceConfig(model=config.out, out=out, sources=config.sources, tokens=4096, overwrite=config.overwrite)
+    if not config.overwrite and is_traced(tracing):
+        return None
+    check_ahead(tracing, config.model)
+    return tracing
 
 
 def _numbers(told: str) -> tuple[int, ...]:
@@ -126,14 +134,13 @@ def _numbers(told: str) -> tuple[int, ...]:
         raise UsageError(f"--dense-layers {told!r} is no list of layers, as in 0,29") from error
 
 
-def _trace(model: Path, out: Path, sources: tuple[str, ...], *, tokens: int, length: int = 256) -> dict[str, int | str]:
-    from .nas.moe.routing import TraceConfig, run_trace
+def _trace(config: "TraceConfig") -> dict[str, int | str]:
+    from .nas.moe.routing import run_trace
 
-    config = TraceConfig(model=model, out=out, sources=sources or TraceConfig.sources, tokens=tokens, length=length)
     found = run_trace(config, lambda line: click.echo(line, err=True))
     return {
         "schema": 1,
-        "path": str(out),
+        "path": str(config.out),
         "model": found.model,
         "layers": found.layers,
         "tokens": len(found.tokens),
@@ -153,8 +160,11 @@ def _trace(model: Path, out: Path, sources: tuple[str, ...], *, tokens: int, len
 )
 @click.option("--tokens", default=16384, show_default=True, help="How many to trace.")
 @click.option("--length", default=256, show_default=True, help="Tokens of a sequence.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
-def trace(model: Path, out: Path | None, sources: tuple[str, ...], tokens: int, length: int, as_json: bool) -> None:
+def trace(
+    model: Path, out: Path | None, sources: tuple[str, ...], tokens: int, length: int, overwrite: bool, as_json: bool
+) -> None:
     """Write the routing trace of MODEL, a directory with experts (Mixtral, Qwen2-MoE, Qwen3-MoE).
 
     The file is what plans for serving are made from: placement, caching, batches. Its text is the part of each source
@@ -167,7 +177,18 @@ def trace(model: Path, out: Path | None, sources: tuple[str, ...], tokens: int, 
     from .distill.packages import require
 
     require("transformers", "tokenizers", "safetensors")
-    told = _trace(model, out or Path(f"{model.name}.trace.safetensors"), sources, tokens=tokens, length=length)
+    from .nas.moe.routing import TraceConfig
+
+    told = _trace(
+        TraceConfig(
+            model=model,
+            out=out or Path(f"{model.name}.trace.safetensors"),
+            sources=sources or TraceConfig.sources,
+            tokens=tokens,
+            length=length,
+            overwrite=overwrite,
+        )
+    )
     click.echo(
         json.dumps(told, indent=2) if as_json else f"{told['path']}: {told['tokens']} tokens, {told['layers']} layers"
     )
@@ -218,15 +239,10 @@ def pregate(
 
     Killed, the same command goes on from what is done, to the same bytes.
     """
-    from dataclasses import replace
-
-    from .distill.config import read_training
+    training = _training(settings, tokens=16384)
     from .distill.packages import require
     from .nas.moe.pregating_config import PreGateConfig
 
-    training = read_training(settings)
-    if not any(setting.partition("=")[0].strip() == "tokens" for setting in settings):
-        training = replace(training, tokens=16384)
     require("transformers", "tokenizers", "safetensors")
     from .nas.moe.pregating import run_pregating
     from .nas.teacher import teacher_directory

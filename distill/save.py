@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.architecture import Decoder
-from ..export.atomic import fresh_directory
+from ..export.atomic import fresh_directory, require_apart
 from ..export.configs import uniform_obstacles, write_config, write_nemotron
 from ..export.directory import ModelDirectory
 from ..export.writers import copy_remote
@@ -37,27 +37,42 @@ def save_model(
     card: README.md, if there is to be one.
 
     Raises:
-        OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`.
+        OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`; the former too if `directory` is, or
+            holds, what the companions are of.
     """
+    require_apart(directory, [companions_of.path])
+    with fresh_directory(directory, overwrite=overwrite) as folder:
+        fill_model(folder, decoder, weights, companions_of=companions_of, record=record, card=card)
+
+
+def fill_model(
+    folder: Path,
+    decoder: Decoder,
+    weights: "Mapping[str, torch.Tensor]",
+    *,
+    companions_of: ModelDirectory,
+    record: Mapping[str, Any],
+    card: str = "",
+) -> None:
+    """What `save_model` writes, into a directory that is there and empty."""
     from safetensors.torch import save_file
 
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     decoder = replace(decoder, dtype=dtype)
     uneven = bool(uniform_obstacles(decoder))
-    with fresh_directory(directory, overwrite=overwrite) as folder:
-        config = write_nemotron(decoder) if uneven else write_config(decoder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        plain = {name: weights[name].detach().cpu().contiguous() for name in decoder.tensors()}
-        save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
-        for file in companions_of.companions:
-            shutil.copyfile(file, folder / file.name)
-        if uneven:
-            copy_remote(folder)
-        if card:
-            (folder / "README.md").write_text(card)
-        files = {file.name: _file(file) for file in sorted(folder.iterdir())}
-        told = {"schema": SCHEMA, "parameters": decoder.parameters, **record, "files": files}
-        (folder / RECORD).write_text(json.dumps(told, indent=2) + "\n")
+    config = write_nemotron(decoder) if uneven else write_config(decoder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    plain = {name: weights[name].detach().cpu().contiguous() for name in decoder.tensors()}
+    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in companions_of.companions:
+        shutil.copyfile(file, folder / file.name)
+    if uneven:
+        copy_remote(folder)
+    if card:
+        (folder / "README.md").write_text(card)
+    files = {file.name: _file(file) for file in sorted(folder.iterdir())}
+    told = {"schema": SCHEMA, "parameters": decoder.parameters, **record, "files": files}
+    (folder / RECORD).write_text(json.dumps(told, indent=2) + "\n")
 
 
 def file_sha256(file: Path) -> str:

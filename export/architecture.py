@@ -123,6 +123,11 @@ class Decoder:
         return len(set(self.layers)) <= 1
 
     @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that have experts."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.ffn.kind == "moe")
+
+    @property
     def parameters(self) -> int:
         return sum(spec.size for spec in self.tensors().values())
 

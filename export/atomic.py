@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import ExportError, OutputExistsError, OutputSpaceError
@@ -103,6 +103,19 @@ def require_absent(final: Path, *, overwrite: bool) -> None:
     recover(final)
     if final.exists() and not overwrite:
         raise OutputExistsError(f"{final} is there already and is something else; say --overwrite to replace it")
+
+
+def require_apart(final: Path, sources: Iterable[Path]) -> None:
+    """That what is written replaces nothing that it is made of: no source is `final`, or lies in it.
+
+    Raises:
+        OutputExistsError: if one does, `--overwrite` or not.
+    """
+    place = final.resolve()
+    for source in sources:
+        if place in (source.resolve(), *source.resolve().parents):
+            what = "is" if place == source.resolve() else "holds"
+            raise OutputExistsError(f"{final} {what} {source} itself, which this is made of; choose another --out")
 
 
 def recover(final: Path) -> None:

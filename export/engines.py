@@ -38,6 +38,7 @@ FEATURES: dict[str, str] = {
     "qwen3_moe": "Qwen3-MoE's experts, weights of the top k normalized",
     "qwen3_moe unnormalized": "Qwen3-MoE whose weights of the top k are not normalized",
     "dense among experts": "dense layers among those with experts",
+    "biases beside norms": "biases in attention whose queries and keys pass norms (Qwen3, Qwen3-MoE)",
 }
 
 EXTRAS: dict[str, str] = {
@@ -110,6 +111,7 @@ _BY_PLUGIN = Rule(support="plugin", why="its own nemotron-nas has no linear subb
 _LINEAR_UNTRIED = _no("linear subblocks were not tried", "source")
 _FIRST_UNTRIED = "a first layer without attention was not tried"
 _EVERY_ATTENTION = _zero("its Transformers backend wants attention in every layer (it raises otherwise)", "test")
+_BIASES_UNTRIED = _no("biases beside norms of queries and keys were not tried", "source")
 _ALL_FORMS: tuple[Form, ...] = ("uniform", "nemotron-nas", "per_layer_config")
 _MULT_ONLY = "it reads ffn_mult only, which says multiples of 256"
 
@@ -128,6 +130,7 @@ _ALIKE_ONLY = {
     "linear attention": _LINEAR_FORMLESS,
     "linear ffn": _LINEAR_FORMLESS,
 }
+_ALIKE_ONLY["biases beside norms"] = _BIASES_UNTRIED
 _NO_GRAPH_WINDOWS = _no("windows were not tried", "source")
 _NO_ONNX_EXPERTS = _no("its builder does not know that architecture", "source")
 _NO_ONNX = {
@@ -166,6 +169,7 @@ ENGINES: dict[str, Engine] = {
                 "linear attention": _BY_PLUGIN,
                 "linear ffn": _BY_PLUGIN,
                 "window, some layers": _no("its qwen2 takes windows in all layers or in none"),
+                "biases beside norms": _no("its attention there has no bias of the output, whatever is set", "source"),
             },
         ),
         forms=_ALL_FORMS,
@@ -198,6 +202,7 @@ ENGINES: dict[str, Engine] = {
                 "qwen2_moe normalized": _no("it ignores norm_topk_prob there and answers wrongly", "test"),
                 "qwen3_moe unnormalized": _no("it normalizes them there and answers wrongly", "test"),
                 "dense among experts": _no("its qwen3moe wants experts in every layer"),
+                "biases beside norms": _BIASES_UNTRIED,
             },
         ),
         extras={"lora": _TESTED, "medusa": _no("it has no such heads", "source")},
@@ -260,6 +265,7 @@ ENGINES: dict[str, Engine] = {
                 "qwen2_moe normalized": _READ,
                 "qwen3_moe unnormalized": _READ,
                 "dense among experts": _READ,
+                "biases beside norms": _BIASES_UNTRIED,
             },
         ),
         extras={"lora": _READ, "medusa": _no("it has no such heads", "source")},
@@ -276,6 +282,7 @@ ENGINES: dict[str, Engine] = {
             {
                 "any ffn width": _zero(_MULT_ONLY, "source"),
                 "no attention, first": _zero(_FIRST_UNTRIED, "source"),
+                "biases beside norms": _BIASES_UNTRIED,
             },
         ),
         extras={"lora": _READ, "medusa": _no("only its older engine, which is built beforehand, has them", "source")},

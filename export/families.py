@@ -30,6 +30,12 @@ class Moe:
     """Single layers may be dense, by `mlp_only_layers` and `decoder_sparse_step`."""
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    def expert_names(self, number: int) -> tuple[str, str, str]:
+        """Names within a layer of the weights of expert `number`: gate, up and down."""
+        pattern = self.expert.replace("{expert}", str(number))
+        first, second, third = (f"{pattern.format(matrix)}.weight" for matrix in self.matrices)
+        return first, second, third
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:

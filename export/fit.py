@@ -171,6 +171,8 @@ def features(decoder: Decoder, index: int, *, uneven: bool) -> Iterator[str]:
     if attention.window and attention.window < decoder.max_positions:
         alike = all(other.attention.window == attention.window for other in decoder.layers)
         yield "window" if alike else "window, some layers"
+    if decoder.blocks.qk_norm and attention.kind == "grouped" and (decoder.qkv_bias or decoder.output_bias):
+        yield "biases beside norms"
     if ffn.kind == "moe":
         yield decoder.family
         choice = ffn.top_k < ffn.experts  # over all of them the weights sum to 1 anyway

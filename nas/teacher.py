@@ -98,4 +98,7 @@ class Teacher:
 
 
 def text_digest(windows: torch.Tensor) -> str:
-    return hashlib.sha256(np.ascontiguousarray(windows.numpy()).tobytes()).hexdigest()
+    """Of the tokens and of how they are cut: the same ones in longer windows are another text."""
+    told = hashlib.sha256(f"{tuple(windows.shape)} {windows.dtype} ".encode())
+    told.update(np.ascontiguousarray(windows.numpy()).tobytes())
+    return told.hexdigest()

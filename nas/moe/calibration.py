@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -27,7 +27,17 @@ from .splits import Needs
 _CHUNK_WINDOWS = 8
 
 
-def windows_of(source: ModelDirectory, config: CarveConfig, part: Part, count: int) -> torch.Tensor:
+class Windows(Protocol):
+    """What is asked for, by any of the configurations here."""
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    @property
+    def length(self) -> int: ...
+
+
+def windows_of(source: ModelDirectory, config: Windows, part: Part, count: int) -> torch.Tensor:
     """`count` windows, by turns of the sources: (count, length) int64.
 
     Raises:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,27 @@ from ...distill.exclusive import only_one
 from ...distill.loop import Distilled
 from ...distill.models import load
 from ...distill.quality import measure
+from ...distill.resume import state_folder
 from ...distill.save import RECORD, save_model
 from ...export.architecture import Decoder
-from ...export.atomic import require_absent, size_text
+from ...export.atomic import require_absent, require_apart, size_text
 from ...export.directory import ModelDirectory, open_directory, read_decoder
 from ...export.errors import OutputExistsError, OutputSpaceError
 from ..jobs import Job, Result, Store, run_jobs
+from ..teacher import text_digest
 from . import qk_norm
 from .calibration import Calibration, windows_of
 from .config import CarveConfig, Shape
 from .errors import CarveUsageError, LayoutError, MoeError
+from .evidence import fitted_windows
 from .gates import distil_gate, virtual_gates
 from .layouts import Layout, lay_out
-from .module import Mixture, build_carved
+from .module import Mixture, build_carved, stored_dtype
 from .refit import refit
 from .splits import LayerSplit, Split, find_split
 
 Progress = Callable[[str], None]
-VERSION = 1
+VERSION = 2
 """Raised when the same settings give other weights than before."""
 
 
@@ -100,7 +104,8 @@ class Carved:
     layout: str
     shape: Shape
     layers: tuple[dict[str, Any], ...]
-    """By layer with experts: `layer`, and of its gate agreement, kept, load, dead, before, after."""
+    """By layer with experts: `layer`, and of its gate agreement, kept, load, dead, left, before, after, all from before
+    training; `load_after` and `dead_after` are those of the trained gates on held-out text."""
     quality: dict[str, Any] | None
     """Beside the dense model, on held-out text, before training. None: only Llama's blocks are measured."""
     trained: Distilled | None
@@ -126,11 +131,18 @@ class Carved:
         dead = [(layer["layer"], expert) for layer in gates for expert in layer["dead"]]
         if dead:
             told = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:6])
-            lines.append(f"{len(dead)} dead experts were put right: {told}{' …' if len(dead) > 6 else ''}")
+            left = sum(len(layer.get("left", ())) for layer in gates)
+            but = f", but {left} of them are dead still" if left else ""
+            lines.append(f"{len(dead)} dead experts were put right{but}: {told}{' …' if len(dead) > 6 else ''}")
         if self.quality:
             lines.append(f"KL to the dense model {self.quality['kl']:.4f} ± {self.quality['kl_se']:.4f}")
         if self.trained:
             lines.append(str(self.trained))
+        dead = [(layer["layer"], expert) for layer in gates for expert in layer.get("dead_after", ())]
+        if dead:
+            told = ", ".join(f"{expert} of layer {layer}" for layer, expert in dead[:6])
+            more = " …" if len(dead) > 6 else ""
+            lines.append(f"after training {len(dead)} experts are dead on held-out text: {told}{more}")
         return "\n".join(lines)
 
 
@@ -162,17 +174,38 @@ class Carving:
 
     def _enough_text(self) -> None:
         windows = len(self.calibration.windows)  # too little text is said now, not later
-        if self.split.needs == "gradients" and windows < self.shape.experts:
+        experts, sources = self.shape.experts, len(self.config.sources)
+        if self.split.needs == "gradients" and fitted_windows(windows) < experts:
+            enough = next(n for n in range(0, 4 * experts + 4 * sources, sources) if fitted_windows(n) >= experts)
             raise CarveUsageError(
-                f"{windows} windows cannot be clustered for {self.shape.experts} experts; say "
-                f"--tokens {self.shape.experts * self.config.length} or more"
+                f"{windows} windows cannot be clustered for {experts} experts, an eighth of them being held out; say "
+                f"--tokens {enough * self.config.length} or more"
             )
 
-    @property
+    @cached_property
+    def training_windows(self) -> torch.Tensor:
+        """What experts and gates are trained on: (n, length) int64, none without training."""
+        training = self.config.training
+        if not training.tokens:
+            return torch.empty(0, training.length, dtype=torch.int64)
+        count = max(training.tokens // (training.length * training.batch), 1) * training.batch
+        return windows_of(self.source, replace(self.config, length=training.length), "train", count)
+
+    @cached_property
+    def held_out_windows(self) -> torch.Tensor:
+        """What quality is measured on; none where it is not."""
+        if not self.measures:
+            return torch.empty(0, self.config.length, dtype=torch.int64)
+        return windows_of(self.source, self.config, "test", self.config.held_out)
+
+    @cached_property
     def run(self) -> str:
-        """What decides the result."""
+        """What decides the result: settings, the model, and the tokens themselves, since a file keeps its name when
+        its text is another."""
         config = replace(self.config, model=Path(), out=Path(), keep=None, overwrite=False)
-        return digest([VERSION, self.fingerprint, json.loads(json.dumps(asdict(config), default=str))])
+        texts = [self.calibration.text if self.listens else ""]
+        texts += [text_digest(self.training_windows), text_digest(self.held_out_windows)]
+        return digest([VERSION, self.fingerprint, json.loads(json.dumps(asdict(config), default=str)), texts])
 
     def split_job(self, layer: int) -> Job:
         text = self.calibration.text if self.split.needs != "nothing" else ""
@@ -219,7 +252,8 @@ class Carving:
         seen = self.calibration.evidence(layer, "activations")
         gate = distil_gate(seen, split, shape, self.config.router, generator)
         fitted = refit(seen, split, gate.weight, self.layout, self.config.refit)
-        facts = {"agreement": gate.agreement, "kept": gate.kept, "load": list(gate.load), "dead": list(gate.dead)}
+        facts = {"agreement": gate.agreement, "kept": gate.kept, "load": list(gate.load)}
+        facts |= {"dead": list(gate.dead), "left": list(gate.left)}
         return {"router": gate.weight, "down": fitted.down}, facts | {"before": fitted.before, "after": fitted.after}
 
     def mixture(self, layer: int) -> Mixture:
@@ -258,8 +292,7 @@ class Carving:
 
     @property
     def dtype(self) -> torch.dtype:
-        stored = self.source.tensors["model.embed_tokens.weight"].dtype
-        return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[stored]
+        return stored_dtype(self.source)
 
     def facts(self) -> list[dict[str, Any]]:
         return [{"layer": layer, **self.store.facts(self.gate_job(layer))} for layer in self.layout.sparse]
@@ -324,13 +357,16 @@ def run_carve(config: CarveConfig, progress: Progress) -> Carved:
     folder = _folder(config)
     with _held(folder):
         carving = Carving(config, Store(folder / "store"))
-        if (done := _finished(config, carving.run)) is not None:
+        if (found := _finished(config, carving.run)) is not None:
             progress(f"{config.out} is the result of this very run already")
-            return done
-        require_absent(config.out, overwrite=config.overwrite)
-        carving.store.sweep()
-        carving.run_jobs(progress)
-        found = _write(carving, progress)
+            # of a process that was killed when its model was written and its state not yet gone
+            shutil.rmtree(state_folder(config.out), ignore_errors=True)
+        else:
+            require_apart(config.out, [config.model])
+            require_absent(config.out, overwrite=config.overwrite)
+            carving.store.sweep()
+            carving.run_jobs(progress)
+            found = _write(carving, progress)
     if config.keep is None:
         shutil.rmtree(folder, ignore_errors=True)
     return found
@@ -341,15 +377,18 @@ def _write(carving: Carving, progress: Progress) -> Carved:
     weights, quality, trained, loop = carving.weights(), None, None, None
     for layer in (facts := carving.facts()):
         if layer.get("dead"):
-            progress(f"layer {layer['layer']}: dead experts {layer['dead']} were put right")
+            but = f", but {layer['left']} are dead still" if layer["left"] else ""
+            progress(f"layer {layer['layer']}: dead experts {layer['dead']} were put right{but}")
     if carving.measures:
-        held_out = windows_of(carving.source, config, "test", config.held_out)
         progress("measuring beside the dense model")
-        quality = measure(build_carved(layout.decoder, weights), load(carving.source), held_out).to_json()
+        child = build_carved(layout.decoder, weights)
+        quality = measure(child, load(carving.source), carving.held_out_windows).to_json()
     if config.training.tokens:
         from .finetune import finetune
 
-        trained, weights, loop = finetune(carving, weights, progress)
+        done = finetune(carving, weights, progress)
+        trained, weights, loop = done.outcome, done.weights, done.loop
+        facts = [fact | after for fact, after in zip(facts, done.loads, strict=True)]
     found = Carved(
         path=config.out,
         layout=layout.decoder.family,
@@ -434,6 +473,6 @@ def carved_source(path: Path) -> ModelDirectory:
         LayoutError: if it has none.
     """
     source = open_directory(path, tokenizer=False)
-    if all(layer.ffn.kind != "moe" for layer in source.decoder.layers):
+    if not source.decoder.moe_layers:
         raise LayoutError(f"{path} has no experts; make some with: refound carve {path}")
     return source

@@ -63,7 +63,8 @@ class GradientSplit:
 
     def split(self, shape: Shape, seen: LayerEvidence | None, draw: np.random.Generator) -> LayerSplit:
         assert seen is not None and seen.gradients is not None
-        weight = seen.gradients / seen.gradients.sum(1, keepdim=True).clamp_min(1e-30)  # every window counts alike
+        gradients = seen.gradients[seen.fit_windows]
+        weight = gradients / gradients.sum(1, keepdim=True).clamp_min(1e-30)  # every window counts alike
         order = weight.mean(0).argsort(descending=True, stable=True)
         shared, rest = order[: shape.shared], order[shape.shared :]
         cluster = torch.from_numpy(_clusters(weight[:, rest], shape.experts))

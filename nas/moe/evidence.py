@@ -11,6 +11,15 @@ CHUNK = 4096
 """Tokens at a time where more than one copy of the activations would be needed."""
 
 
+def _held_windows(windows: int) -> int:
+    return max(windows // 8, 1)
+
+
+def fitted_windows(windows: int) -> int:
+    """Of so many, how many are not held out."""
+    return windows - _held_windows(windows) if windows > 1 else windows
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerEvidence:
     """Shapes: T tokens, H the hidden size, W the width of the FFN. All float32."""
@@ -48,7 +57,12 @@ class LayerEvidence:
     def held(self) -> slice:
         """Tokens of the last eighth of the windows: nothing is fitted to them."""
         each = len(self.inputs) // self.windows
-        return slice(len(self.inputs) - max(self.windows // 8, 1) * each, len(self.inputs))
+        return slice(len(self.inputs) - _held_windows(self.windows) * each, len(self.inputs))
+
+    @property
+    def fit_windows(self) -> slice:
+        """The windows of `fit`, for what is known by window."""
+        return slice(0, fitted_windows(self.windows))
 
     @property
     def fit(self) -> slice:

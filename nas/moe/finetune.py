@@ -3,28 +3,41 @@
 
 Trained are gates, experts, shared experts and the norms before them; attention, embeddings and heads stay the dense
 model's. To the loss of `distill` (divergence of the logits, cosine distance of the hidden states) a load-balancing loss
-is added, the mean over layers. The state is on disk every `save_every` steps, and a killed run goes on from it, bit for
-bit.
+is added, the mean over layers. Where a token takes one expert and its weight is made to be 1, the gates stay as they
+are, and nothing is added: the model's output says nothing of them then, and balance alone would lead them away. The
+state is on disk every `save_every` steps, and a killed run goes on from it, bit for bit.
 """
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...distill.config import DistillConfig
 from ...distill.loop import Distilled, Loop
 from ...distill.models import load
-from .calibration import windows_of
+from .hearing import loads
 from .module import build_carved, carved_weights, mixtures
 
 if TYPE_CHECKING:
     from .carve import Carving, Progress
 
 
-def finetune(
-    carving: "Carving", weights: dict[str, torch.Tensor], progress: "Progress"
-) -> tuple[Distilled, dict[str, torch.Tensor], Loop]:
-    """(what it did, the trained weights in the dense model's type, the loop, to be closed when they are written).
+@dataclass(frozen=True, kw_only=True)
+class Finetuned:
+    """What came of it."""
+
+    outcome: Distilled
+    weights: dict[str, torch.Tensor]
+    """In the dense model's type."""
+    loads: list[dict[str, list[Any]]]
+    """Of the gates on held-out text, see `hearing.loads`."""
+    loop: Loop
+    """To be closed when the weights are written."""
+
+
+def finetune(carving: "Carving", weights: dict[str, torch.Tensor], progress: "Progress") -> Finetuned:
+    """Train experts and gates together.
 
     Raises:
         TextError: if there is too little text. DivergedError: if the loss is no number.
@@ -41,30 +54,31 @@ def finetune(
         held_out=config.held_out,
         seed=config.seed,
     )
-    from dataclasses import replace
-
-    lengths = replace(config, length=training.length)
+    # one expert whose weight is 1 whatever its gate says: no gradient but that of balance
+    steered = not (carving.layout.normalized and carving.shape.top_k == 1)
     loop = Loop(
         own,
-        trainable(child),
+        trainable(child, gates=steered),
         load(carving.source),
-        windows_of(carving.source, lengths, "train", max(steps, 1) * training.batch),
-        windows_of(carving.source, config, "test", config.held_out),
+        carving.training_windows,
+        carving.held_out_windows,
         carving.run,
         None,
         alone=True,
-        auxiliary=lambda: config.balance * balance(child),
+        auxiliary=(lambda: config.balance * balance(child)) if steered else None,
     )
     outcome = loop.run(steps, progress)
     found = {name: tensor.to(carving.dtype) for name, tensor in carved_weights(child, carving.layout.decoder).items()}
-    return outcome, found, loop
+    heard = loads(child, carving.held_out_windows)
+    return Finetuned(outcome=outcome, weights=found, loads=heard, loop=loop)
 
 
-def trainable(child: torch.nn.Module) -> torch.nn.Module:
-    """With gradients where training is to change something."""
+def trainable(child: torch.nn.Module, *, gates: bool = True) -> torch.nn.Module:
+    """With gradients where training is to change something. gates: those too."""
     for layer in child.model.layers:  # type: ignore[union-attr]  # as DeciLMForCausalLM has them
         if layer.mlp in mixtures(child):
             layer.mlp.requires_grad_(True)
+            layer.mlp.router.requires_grad_(gates)
             layer.post_attention_layernorm.requires_grad_(True)
     return child
 

@@ -20,6 +20,8 @@ DEAD = 0.01
 """An expert that is chosen less often than this share of an equal load is dead."""
 _REVIVED = 0.25
 """The share of an equal load that a dead one is given."""
+_ROUNDS = 4
+"""How often dead experts are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Gate:
     """How often each expert is chosen, as a multiple of an equal load."""
     dead: tuple[int, ...]
     """Experts that were dead before they were put right."""
+    left: tuple[int, ...] = ()
+    """Those that are dead nonetheless."""
 
 
 def output_energy(seen: LayerEvidence, split: LayerSplit) -> torch.Tensor:
@@ -75,7 +79,7 @@ def distil_gate(
     weight = torch.zeros(shape.experts, seen.inputs.shape[1])
     if shape.top_k < shape.experts:
         weight = _train(seen.inputs[seen.fit], energy[seen.fit], shape.top_k, training, generator)
-    weight, dead = revive(weight, seen.inputs[seen.fit], energy[seen.fit], shape.top_k)
+    weight, dead, left = revive(weight, seen.inputs[seen.fit], energy[seen.fit], shape.top_k)
     weight = scaled(weight, seen.inputs[seen.fit], training.spread)
     held_inputs, held_energy = seen.inputs[seen.held], energy[seen.held]
     chosen = (held_inputs @ weight.T).topk(shape.top_k, dim=1).indices
@@ -88,6 +92,7 @@ def distil_gate(
         kept=((taken * held_energy).sum() / (wanted * held_energy).sum().clamp_min(1e-30)).item(),
         load=tuple(_load(weight, seen.inputs, shape.top_k).tolist()),
         dead=dead,
+        left=left,
     )
 
 
@@ -135,32 +140,83 @@ def _load(weight: torch.Tensor, inputs: torch.Tensor, top_k: int) -> torch.Tenso
 
 def revive(
     weight: torch.Tensor, inputs: torch.Tensor, energy: torch.Tensor, top_k: int
-) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """(the gate with every expert alive, those that were dead).
+) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
+    """(the gate with its dead experts alive, those that were dead, those that still are).
 
     A dead expert's row is pointed at the mean input of the tokens in which it holds the most energy, and made as long
-    as gives it a quarter of an equal load.
+    as gives it about a quarter of an equal load. What one gains others lose, so the load is measured again, and those
+    found dead then are put right too, up to `_ROUNDS` times.
     """
     experts = len(weight)
     if top_k == experts:
-        return weight, ()
+        return weight, (), ()
     weight, share = weight.clone(), energy / energy.sum(1, keepdim=True).clamp_min(1e-30)
-    found = torch.nonzero(_load(weight, inputs, top_k) < DEAD).flatten().tolist()
     wanted = max(round(_REVIVED * top_k / experts * len(inputs)), 1)
-    for expert in found:
-        own = share[:, expert].topk(wanted).indices
-        direction = inputs[own].mean(0) - inputs.mean(0)
-        others = torch.cat([weight[:expert], weight[expert + 1 :]])
-        bar = (inputs @ others.T).topk(top_k, dim=1).values[:, -1]
-        weight[expert] = direction * _length(inputs @ direction, bar, wanted)
-    return weight, tuple(found)
+    ever: set[int] = set()
+    found = _dead(weight, inputs, top_k)
+    for _ in range(_ROUNDS):
+        ever |= set(found)
+        for expert in found:
+            own = share[:, expert].topk(wanted).indices
+            others = torch.cat([weight[:expert], weight[expert + 1 :]])
+            weight[expert] = _row(others, inputs, own, top_k)
+        if not found:
+            break
+        found = _dead(weight, inputs, top_k)
+    return weight, tuple(sorted(ever)), tuple(found)
 
 
-def _length(score: torch.Tensor, bar: torch.Tensor, wanted: int) -> float:
-    """The factor with which nearest to `wanted` tokens have a score above their bar."""
-    ahead = score > 0
-    if not ahead.any():
+def _dead(weight: torch.Tensor, inputs: torch.Tensor, top_k: int) -> list[int]:
+    return torch.nonzero(_load(weight, inputs, top_k) < DEAD).flatten().tolist()
+
+
+def _row(others: torch.Tensor, inputs: torch.Tensor, own: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The row of an expert beside `others` (E - 1, hidden) that is taken for about as many tokens as `own` has.
+
+    A gate chooses the same whatever is added to all of its rows, so all is reckoned from the others' mean. From there
+    a token takes the expert if its score is above the k-th best of the others. With few experts active that bar is
+    high, and the length of the row alone sets the load. With half of them it is below zero for half of the tokens, and
+    no length makes a row rare; then it also gets a part along the mean input, which stands for the bias that a gate
+    has not. The first row with a load between a half and twice what is wanted is taken, or the one that is nearest.
+    """
+    centre, middle = others.mean(0), inputs.mean(0)
+    logits = inputs @ (others - centre).T
+    bar = logits.topk(top_k, dim=1).values[:, -1]
+    direction, offset = inputs[own].mean(0) - middle, middle / middle.square().sum().clamp_min(1e-30)
+    score, constant = inputs @ direction, inputs @ offset
+    one = float(logits.std() / score.std().clamp_min(1e-30))  # a row that says as much as the others do
+    tried = [(_factor(score, bar, len(own), positive=True), 0.0)]
+    tried += [(length, _factor(constant, bar - length * score, len(own))) for length in (one, 3 * one)]
+    found, missed = centre, float("inf")
+    for length, bias in tried:
+        row = length * direction + bias * offset
+        taken = max(int((inputs @ row > bar).sum()), 1)
+        miss = max(taken / len(own), len(own) / taken)
+        if miss < missed:
+            found, missed = centre + row, miss
+        if missed <= 2:
+            break
+    return found
+
+
+def _factor(score: torch.Tensor, bar: torch.Tensor, wanted: int, *, positive: bool = False) -> float:
+    """The f with which f · score is above the bar in nearest to `wanted` tokens; 0 if no score differs from 0.
+
+    positive: of the f above 0, so that a row is not turned round.
+    """
+    some = score != 0
+    if not some.any():
         return 0.0
-    needed = (bar[ahead] / score[ahead]).sort().values
-    least = float(needed[min(wanted, len(needed)) - 1])
-    return least + 1e-4 * abs(least) + 1e-12  # above the bar, not at it
+    up, ratio = score[some] > 0, bar[some] / score[some]
+    order = ratio.argsort()
+    # with f beyond the n-th ratio, tokens of positive scores up to it are above their bars, of negative ones after it
+    above = torch.where(up[order], 1, -1).cumsum(0) + (~up).sum() + (bar[~some] < 0).sum()
+    edge = ratio[order]
+    between = torch.cat([(edge[:-1] + edge[1:]) / 2, edge[-1:] + 1e-4 * edge[-1:].abs() + 1e-12])
+    if positive:
+        least = 1e-4 * float(ratio.abs().median()) + 1e-12
+        allowed = between >= least
+        if not allowed.any():
+            return least
+        between, above = between[allowed], above[allowed]
+    return float(between[(above - wanted).abs().argmin()])

@@ -61,7 +61,7 @@ class Layout:
     @property
     def sparse(self) -> tuple[int, ...]:
         """The layers that have experts."""
-        return tuple(index for index, layer in enumerate(self.decoder.layers) if layer.ffn.kind == "moe")
+        return self.decoder.moe_layers
 
 
 def lay_out(source: Decoder, shape: Shape, family: str = "", dense_layers: Sequence[int] = ()) -> Layout:

@@ -49,8 +49,7 @@ class Mixture:
             begin = first + expert * ffn.width
             part = slice(begin, begin + ffn.width)
             matrices = (self.gate[part], self.up[part], self.down[:, part])
-            for name, matrix in zip(moe.matrices, matrices, strict=True):
-                found[moe.expert.replace("{expert}", str(expert)).format(name) + ".weight"] = matrix
+            found |= dict(zip(moe.expert_names(expert), matrices, strict=True))
         if ffn.shared_width:
             found |= self._shared(moe, ffn, first)
         return found
@@ -67,8 +66,8 @@ class Mixture:
     @staticmethod
     def read(weights: Mapping[str, torch.Tensor], moe: Moe, ffn: FFN) -> "Mixture":
         """From a layer's weights by their names in it."""
-        names = [moe.expert.replace("{expert}", str(e)).format("{}") + ".weight" for e in range(ffn.experts)]
-        parts = [[weights[name.format(matrix)] for name in names] for matrix in moe.matrices]
+        names = zip(*(moe.expert_names(expert) for expert in range(ffn.experts)), strict=True)
+        parts = [[weights[name] for name in matrix] for matrix in names]
         if ffn.shared_width:
             for part, name in zip(parts, _SHARED, strict=True):
                 part.insert(0, weights[f"{moe.shared.format(name)}.weight"])
@@ -191,15 +190,20 @@ def load_carved(source: ModelDirectory) -> Any:
     return build_carved(source.decoder, dict(source.weights(list(source.decoder.tensors()))))
 
 
+def stored_dtype(source: ModelDirectory) -> torch.dtype:
+    """What a directory's weights are stored in, and what is made of it is too."""
+    stored = source.tensors["model.embed_tokens.weight"].dtype
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[stored]
+
+
 def carved_weights(model: Any, decoder: Decoder) -> dict[str, torch.Tensor]:
     """The weights of such a module by the names that a directory of it has, in float32."""
     moe, state = decoder.blocks.moe, model.state_dict()
     assert moe is not None
     found: dict[str, torch.Tensor] = {}
-    for index, layer in enumerate(decoder.layers):
-        if layer.ffn.kind == "moe":
-            named = model.model.layers[index].mlp.mixture().named(moe, layer.ffn)
-            found |= {f"model.layers.{index}.{name}": tensor for name, tensor in named.items()}
+    for index in decoder.moe_layers:
+        named = model.model.layers[index].mlp.mixture().named(moe, decoder.layers[index].ffn)
+        found |= {f"model.layers.{index}.{name}": tensor for name, tensor in named.items()}
     for name, spec in decoder.tensors().items():
         if name not in found:
             found[name] = state[name] if name in state else torch.zeros(spec.shape)

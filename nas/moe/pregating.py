@@ -11,7 +11,8 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,29 @@ import torch
 
 from ...distill.config import DistillConfig, digest
 from ...distill.exclusive import only_one
-from ...distill.loop import Loop, Position, eos_of
+from ...distill.loop import Loop, Position
 from ...distill.models import load, open_blocks
 from ...distill.quality import Quality, measure
 from ...distill.resume import guard, state_folder
-from ...distill.save import save_model
-from ...distill.texts import Part, open_tokenizer, pack
-from ...export.atomic import fresh_directory, require_absent
+from ...distill.save import RECORD, fill_model
+from ...distill.texts import Part
+from ...export.atomic import fresh_directory, require_absent, require_apart
 from ...export.errors import OutputExistsError, OutputSpaceError
 from ..jobs import Job, Store
-from .calibration import listening
+from ..teacher import text_digest
+from .calibration import windows_of
 from .carve import carved_source
-from .errors import LayoutError
+from .errors import LayoutError, MoeError
 from .finetune import balance, trainable
-from .module import carved_weights, load_carved, mixtures
-from .pregate import PreGate, PreGateShape, agreement, pregate_loss, start, write_sidecar
-from .pregating_config import PreGateConfig
+from .hearing import gate_choice, oracle_energy
+from .module import carved_weights, load_carved, mixtures, stored_dtype
+from .pregate import FACTS, PreGate, PreGateShape, agreement, pregate_loss, read_sidecar, start, write_sidecar
+from .pregating_config import HEADS, PreGateConfig
 from .trace import model_sha256
 
 Progress = Callable[[str], None]
-_BATCH = 4
-"""Windows at a time where nothing is trained."""
+VERSION = 2
+"""Raised when the same settings give other weights than before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,21 @@ class PreGated:
         paths = {"path": str(self.path), "sidecar": str(self.sidecar)}
         return {"schema": 1, **paths, "rounds": list(self.rounds), **plain, **quality}
 
+    @staticmethod
+    def of_json(told: dict[str, Any], config: PreGateConfig) -> "PreGated":
+        """From the record of a run that went to `config.out`."""
+        return PreGated(
+            path=config.out,
+            sidecar=config.sidecar,
+            rounds=tuple(told["rounds"]),
+            oracle=told["oracle"],
+            gates=told["gates"],
+            chance=told["chance"],
+            before=Quality(**told["before"]),
+            pregated=Quality(**told["pregated"]),
+            stock=Quality(**told["stock"]),
+        )
+
     def to_text(self) -> str:
         return (
             f"{self.path}, and {self.sidecar} beside it\n"
@@ -97,31 +115,6 @@ def pregated(child: Any, pregate: PreGate) -> Iterator[None]:
             mixture.forced = None
 
 
-def oracle_energy(child: Any, windows: torch.Tensor) -> torch.Tensor:
-    """The output energy of every expert, (n, length, layers, E) float32, as shares, in the model as it runs."""
-    own, found = mixtures(child), []
-    places = [index for index, layer in enumerate(child.model.layers) if layer.mlp in own]
-    for ids in windows.split(_BATCH):
-        with torch.no_grad(), listening(child) as heard:
-            child.model(input_ids=ids, use_cache=False)
-            layers = [mixture.output_energy(heard[place]) for mixture, place in zip(own, places, strict=True)]
-        energy = torch.stack(layers, 2)
-        found.append(energy / energy.sum(-1, keepdim=True).clamp_min(1e-30))
-    return torch.cat(found)
-
-
-def gate_choice(child: Any, windows: torch.Tensor) -> torch.Tensor:
-    """What the layers' own gates take, (n, length, layers, k), in the model as it runs."""
-    own, found = mixtures(child), []
-    places = [index for index, layer in enumerate(child.model.layers) if layer.mlp in own]
-    for ids in windows.split(_BATCH):
-        with torch.no_grad(), listening(child) as heard:
-            child.model(input_ids=ids, use_cache=False)
-            layers = [mixture.choice(heard[place]) for mixture, place in zip(own, places, strict=True)]
-        found.append(torch.stack(layers, 2))
-    return torch.cat(found)
-
-
 class _PreGating:
     def __init__(self, config: PreGateConfig, progress: Progress) -> None:
         self.config, self.progress = config, progress
@@ -131,32 +124,47 @@ class _PreGating:
                 raise LayoutError(f"{config.model} was not carved out of {config.dense}: another {name}")
         if len(self.source.decoder.layers) != len(self.dense.decoder.layers):
             raise LayoutError(f"{config.model} was not carved out of {config.dense}: another number of layers")
-        self.run = digest([self.source.fingerprint(), self.dense.fingerprint(), self._settings()])
         self.windows = self._windows("train", config.tokens // config.length, config.length)
         self.test = self._windows("test", config.held_out, config.length)
-        self.folder = config.out.absolute().with_name(f".{config.out.absolute().name}.pregating")
-        self.store = Store(self.folder / "store")
-        self.child, self.teacher = load_carved(self.source), load(self.dense)
-        sparse = [layer.ffn for layer in self.source.decoder.layers if layer.ffn.kind == "moe"]
+        # each round takes text that the rounds before it did not; too little is said now, not after the first
+        training = config.training
+        self.steps = training.tokens // (training.length * training.batch)
+        self.each = max(self.steps, 1) * training.batch if training.tokens else 0
+        self.expert_windows = self._windows("train", self.each * config.rounds, training.length)
+        texts = [text_digest(text) for text in (self.windows, self.test, self.expert_windows)]
+        models = [self.source.fingerprint(), self.dense.fingerprint()]
+        self.run = digest([VERSION, *models, self._settings(), texts])
+        self.store = Store(_folder(config) / "store")
+
+    @cached_property
+    def child(self) -> Any:
+        return load_carved(self.source)
+
+    @cached_property
+    def teacher(self) -> Any:
+        return load(self.dense)
+
+    @cached_property
+    def pregate(self) -> PreGate:
+        config, decoder = self.config, self.source.decoder
+        sparse = [decoder.layers[index].ffn for index in decoder.moe_layers]
         shape = PreGateShape(
-            vocab_size=self.source.decoder.vocab_size,
+            vocab_size=decoder.vocab_size,
             layers=len(sparse),
             experts=sparse[0].experts,
             top_k=sparse[0].top_k,
             size=config.size,
             blocks=config.blocks,
+            heads=HEADS,
         )
-        self.pregate = start(shape, self.child.model.embed_tokens.weight, config.seed)
+        return start(shape, self.child.model.embed_tokens.weight, config.seed)
 
     def _settings(self) -> Any:
         plain = asdict(self.config) | {"model": "", "dense": "", "out": "", "overwrite": False}
         return json.loads(json.dumps(plain, default=str))
 
     def _windows(self, part: Part, count: int, length: int) -> torch.Tensor:
-        tokenizer, eos = open_tokenizer(self.dense.path), eos_of(self.source)
-        return torch.from_numpy(
-            pack(self.config.sources, part, tokenizer=tokenizer, eos=eos, count=count, length=length)
-        )
+        return windows_of(self.dense, replace(self.config, length=length), part, count)
 
     def _done(self, what: str, number: int, module: torch.nn.Module) -> bool:
         """Whether that half of a round is on record; `module` then has its weights."""
@@ -172,16 +180,16 @@ class _PreGating:
 
     def learn_gates(self, number: int) -> None:
         """The pre-gating model's half of round `number`."""
+        config = self.config
         if self._done("pregate", number, self.pregate):
             return
-        config = self.config
         self.progress(f"round {number}: hearing the oracle on {self.windows.numel():,} tokens")
         with pregated(self.child, self.pregate) if number > 1 else contextlib.nullcontext():
             labels = oracle_energy(self.child, self.windows).half()
         model = self.pregate.train().requires_grad_(True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.01)
         data = Position(len(self.windows), batch=config.batch, seed=config.seed + number, drop_last=True)
-        folder = state_folder(config.out.with_name(f"{config.out.name}.gates{number}"))
+        folder = state_folder(config.gates_out(number))
         kept = guard(
             folder, run=f"{self.run}.{number}", every=50, model=model, optimizer=optimizer, data=data, alone=True
         )
@@ -206,13 +214,11 @@ class _PreGating:
         training, config = self.config.training, self.config
         if not training.tokens or self._done("experts", number, self.child):
             return
-        steps = training.tokens // (training.length * training.batch)
-        # each round takes text that the rounds before it did not
-        windows = self._windows("train", max(steps, 1) * training.batch * number, training.length)
+        windows = self.expert_windows[(number - 1) * self.each : number * self.each]
         own = DistillConfig(
             child=config.model,
             teacher=config.dense,
-            out=config.out.with_name(f"{config.out.name}.experts{number}"),
+            out=config.experts_out(number),
             sources=config.sources,
             training=training,
             held_out=config.held_out,
@@ -223,14 +229,14 @@ class _PreGating:
                 own,
                 trainable(self.child),
                 self.teacher,
-                windows[-max(steps, 1) * training.batch :],
+                windows,
                 self.test,
                 f"{self.run}.{number}",
                 None,
                 alone=True,
                 auxiliary=self._auxiliary,
             )
-            loop.run(steps, lambda line: self.progress(f"round {number}: experts, {line}"))
+            loop.run(self.steps, lambda line: self.progress(f"round {number}: experts, {line}"))
         self.child.requires_grad_(False)
         trained = {
             name: tensor for name, tensor in self.child.state_dict().items() if ".mlp." in name or "norm" in name
@@ -252,33 +258,67 @@ class _PreGating:
 
 
 def run_pregating(config: PreGateConfig, progress: Progress) -> PreGated:
-    """Train both by turns; write the model to `config.out` and the sidecar beside it.
+    """Train both by turns; write the model to `config.out` and the sidecar beside it. What is there already of the
+    same run is returned.
 
     Raises:
         ExportError, DistillError, SearchError: for models, texts or settings that cannot be used.
     """
-    require_absent(config.out, overwrite=config.overwrite)
-    require_absent(config.sidecar, overwrite=config.overwrite)
-    folder = config.out.absolute().with_name(f".{config.out.absolute().name}.pregating")
+    for place in (config.out, config.sidecar):
+        require_apart(place, [config.model, config.dense])
+    folder = _folder(config)
     with only_one(folder, "pre-gating", "--out", taken=OutputExistsError, unwritable=OutputSpaceError):
         work = _PreGating(config, progress)
-        before, rounds = measure(work.child, work.teacher, work.test), []
-        for number in range(1, config.rounds + 1):
-            work.learn_gates(number)
-            first = work.agreements()
-            work.learn_experts(number)
-            last = work.agreements()
-            rounds.append({f"{name}_{when}": x[name] for when, x in (("before", first), ("after", last)) for name in x})
-            progress(f"round {number}: {last['oracle']:.1%} of the oracle's experts on held-out tokens")
-        found = _write(work, before, rounds)
+        if (found := _finished(config, work.run)) is not None:
+            progress(f"{config.out} is the result of this very run already")
+        else:
+            require_absent(config.out, overwrite=config.overwrite)
+            require_absent(config.sidecar, overwrite=_may_replace_sidecar(config, work.run))
+            found = _train(work)
     shutil.rmtree(folder, ignore_errors=True)
+    for number in range(1, config.rounds + 1):  # of a process that was killed between a result and its state's end
+        for out in (config.gates_out(number), config.experts_out(number)):
+            shutil.rmtree(state_folder(out), ignore_errors=True)
     return found
+
+
+def _folder(config: PreGateConfig) -> Path:
+    return config.out.absolute().with_name(f".{config.out.absolute().name}.pregating")
+
+
+def _finished(config: PreGateConfig, run: str) -> PreGated | None:
+    try:
+        told = json.loads((config.out / RECORD).read_text())["pregated"]
+        if told["run"] != run:
+            return None
+        read_sidecar(config.sidecar, of=model_sha256(config.out))
+        return PreGated.of_json(told, config)
+    except (OSError, ValueError, KeyError, TypeError, MoeError):
+        return None
+
+
+def _may_replace_sidecar(config: PreGateConfig, run: str) -> bool:
+    """It was asked for, or the sidecar is what a killed process of this very run left: the model comes after it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return config.overwrite or json.loads((config.sidecar / FACTS).read_text())["run"] == run
+    return config.overwrite
+
+
+def _train(work: _PreGating) -> PreGated:
+    before, rounds = measure(work.child, work.teacher, work.test), []
+    for number in range(1, work.config.rounds + 1):
+        work.learn_gates(number)
+        first = work.agreements()
+        work.learn_experts(number)
+        last = work.agreements()
+        rounds.append({f"{name}_{when}": x[name] for when, x in (("before", first), ("after", last)) for name in x})
+        work.progress(f"round {number}: {last['oracle']:.1%} of the oracle's experts on held-out tokens")
+    return _write(work, before, rounds)
 
 
 def _write(work: _PreGating, before: Quality, rounds: list[dict[str, float]]) -> PreGated:
     config, decoder, shape = work.config, work.source.decoder, work.pregate.shape
-    stored = next(iter(work.source.tensors.values())).dtype
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
+    dtype = stored_dtype(work.source)
     weights = {name: tensor.to(dtype) for name, tensor in carved_weights(work.child, decoder).items()}
     stock = measure(work.child, work.teacher, work.test)
     with pregated(work.child, work.pregate):
@@ -300,7 +340,12 @@ def _write(work: _PreGating, before: Quality, rounds: list[dict[str, float]]) ->
         "teacher": {"path": str(work.dense.path.absolute()), "sha256": work.dense.fingerprint()},
         "pregated": {"run": work.run, **found.to_json()},
     }
-    save_model(config.out, decoder, weights, companions_of=work.source, record=record, overwrite=config.overwrite)
-    with fresh_directory(config.sidecar, overwrite=config.overwrite) as folder:
-        write_sidecar(folder, work.pregate, of=model_sha256(config.out), facts={"measured": found.to_json()})
+    facts = {"run": work.run, "measured": found.to_json()}
+    replaces = _may_replace_sidecar(config, work.run)
+    # the model takes its name last: where it is, its sidecar is
+    with fresh_directory(config.out, overwrite=config.overwrite) as folder:
+        fill_model(folder, decoder, weights, companions_of=work.source, record=record)
+        with fresh_directory(config.sidecar, overwrite=replaces) as beside:
+            write_sidecar(beside, work.pregate, of=model_sha256(folder), facts=facts)
+        work.progress("the sidecar is written, and the model follows")
     return found

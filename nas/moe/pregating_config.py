@@ -7,6 +7,9 @@ from pathlib import Path
 from ...distill.config import Training
 from .errors import CarveUsageError
 
+HEADS = 4
+"""Of the pre-gating model's attention."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreGateConfig:
@@ -46,9 +49,22 @@ class PreGateConfig:
             problems.append(f"{self.tokens} tokens are less than a batch of {self.batch} windows of {self.length}")
         if min(self.likeness, self.balance) < 0 or not self.sources:
             problems.append("likeness and balance must not be negative, and at least one text must be named")
+        if self.blocks < 1 or self.size < 1 or self.size % (2 * HEADS):
+            problems.append(
+                f"blocks is {self.blocks} and size {self.size}: at least 1 block, and a size that divides into {HEADS} "
+                f"heads of an even width, as {max(round(self.size / (2 * HEADS)), 1) * 2 * HEADS} does, are wanted"
+            )
         if problems:
             raise CarveUsageError("; ".join(problems))
 
     @property
     def sidecar(self) -> Path:
         return self.out.with_name(f"{self.out.name}.pregate")
+
+    def gates_out(self, number: int) -> Path:
+        """What the state of the pre-gating model's half of a round is named after."""
+        return self.out.with_name(f"{self.out.name}.gates{number}")
+
+    def experts_out(self, number: int) -> Path:
+        """What the state of the experts' half of a round is named after."""
+        return self.out.with_name(f"{self.out.name}.experts{number}")

@@ -14,6 +14,7 @@ from refound.distill.config import Training
 from refound.distill.errors import TextError
 from refound.distill.models import load, open_blocks
 from refound.distill.quality import measure
+from refound.distill.save import save_model
 from refound.export.directory import open_directory
 from refound.export.errors import OutputExistsError
 from refound.nas.moe.calibration import windows_of
@@ -21,6 +22,7 @@ from refound.nas.moe.carve import Carving, plan_carve, run_carve
 from refound.nas.moe.config import CarveConfig, Shape
 from refound.nas.moe.errors import CarveUsageError, LayoutError
 from refound.nas.moe.gates import DEAD
+from refound.nas.moe.hearing import loads
 from refound.nas.moe.layouts import lay_out
 from refound.nas.moe.module import MoeFFN, carved_weights, load_carved, mixtures
 from refound.nas.moe.qk_norm import widened
@@ -128,6 +130,29 @@ def test_training_helps_and_the_record_is_whole(trained: tuple[CarveConfig, Any]
     assert [p.name for p in wanted.out.parent.iterdir()] == [wanted.out.name]
 
 
+def test_loads_after_training_are_those_of_the_written_gates(trained: tuple[CarveConfig, Any]) -> None:
+    wanted, found = trained
+    told = loads(load_carved(open_directory(wanted.out)), windows_of(open_blocks(wanted.model), wanted, "test", 4))
+    assert [layer["load_after"] for layer in found.layers] == [layer["load_after"] for layer in told]
+    assert any(layer["load_after"] != layer["load"] for layer in found.layers)
+    assert all(sum(layer["load_after"]) == pytest.approx(6) for layer in found.layers)
+
+
+def test_one_expert_of_weight_1_leaves_its_gate_as_it_was(model: Path, tmp_path: Path) -> None:
+    """Its output says nothing of the gate, and balance alone led it away from what it was distilled to."""
+    base = config(model, tmp_path / "one", active=1, balance=1.0, refit=(), keep=tmp_path / "kept")
+    run_carve(base, quiet)
+    training = Training(tokens=32 * 4 * 2, length=32, batch=4, lr=1e-2)
+    run_carve(replace(base, out=tmp_path / "two", training=training), quiet)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    gates = [name for name in one if name.endswith("block_sparse_moe.gate.weight")]
+    assert len(gates) == 2 and all(torch.equal(one[name], two[name]) for name in gates)
+    assert not torch.equal(
+        one["model.layers.0.block_sparse_moe.experts.0.w1.weight"],
+        two["model.layers.0.block_sparse_moe.experts.0.w1.weight"],
+    )
+
+
 def test_the_written_model_is_the_one_that_was_measured(trained: tuple[CarveConfig, Any]) -> None:
     wanted, found = trained
     source = open_blocks(wanted.model)
@@ -145,8 +170,10 @@ def test_every_expert_is_alive(trained: tuple[CarveConfig, Any]) -> None:
 def test_the_same_run_is_done_once(trained: tuple[CarveConfig, Any]) -> None:
     wanted, found = trained
     said: list[str] = []
+    (wanted.out.parent / f".{wanted.out.name}.state").mkdir()  # of a process killed just after its model was written
     assert run_carve(wanted, said.append).to_json() == json.loads(json.dumps(found.to_json()))
     assert "already" in said[0]
+    assert [path.name for path in wanted.out.parent.iterdir()] == [wanted.out.name]
     with pytest.raises(OutputExistsError, match="--overwrite"):
         run_carve(replace(wanted, seed=1), quiet)
 
@@ -326,11 +353,85 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["path"] == str(tmp_path / "out")
     done = run.invoke(main, ["trace", str(tmp_path / "out"), "--out", str(tmp_path / "t"), "--tokens", "64"])
-    assert done.exit_code == 1 and "--tokens" in done.output
+    assert done.exit_code == 2 and "--tokens" in done.output
+    done = run.invoke(main, ["trace", str(tmp_path / "out"), "--out", str(tmp_path / "t"), "--length", "0"])
+    assert done.exit_code == 2 and "not one sequence of 0" in done.output
     trace = ["trace", str(tmp_path / "out"), "--out", str(tmp_path / "t"), "--tokens", "64", "--length", "32", "--json"]
     done = run.invoke(main, trace)
     assert done.exit_code == 0 and json.loads(done.stdout)["sequences"] == 2
     assert read_trace(tmp_path / "t", model=model_sha256(tmp_path / "out")).top_k == 2
+
+
+def test_a_trace_replaces_nothing_unasked(model: Path, tmp_path: Path) -> None:
+    path, run = write_model(tmp_path / "moe", decoder("mixtral")), CliRunner()
+    base = ["trace", str(path), "--tokens", "64", "--length", "32", "--out"]
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    done = run.invoke(main, [*base, str(mine)])
+    assert done.exit_code == 1 and "--overwrite" in done.output and mine.read_text() == "mine"
+    assert run.invoke(main, [*base, str(mine), "--overwrite"]).exit_code == 0 and read_trace(mine).sequences == 2
+    before = model_sha256(path)
+    for name in ("model.safetensors", "trace.safetensors"):
+        done = run.invoke(main, [*base, str(path / name), "--overwrite"])
+        assert done.exit_code == 1 and "take every *.safetensors for weights" in done.output
+    assert model_sha256(path) == before
+    mine.write_text("mine")
+    carve = ["carve", str(model), "--out", str(tmp_path / "out"), "--trace", str(mine)]
+    done = run.invoke(main, carve)
+    assert done.exit_code == 1 and "--overwrite" in done.output and mine.read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_carving_with_a_trace_is_done_once_too(model: Path, tmp_path: Path) -> None:
+    words = ["carve", str(model), "--out", str(tmp_path / "out"), "--trace", str(tmp_path / "t"), "--split", "random"]
+    words += ["--experts", "6", "--active", "6", "--length", "32", "--tokens", "512"]
+    for _ in range(2):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+    assert "already" in done.output and "traced" not in done.output
+    assert read_trace(tmp_path / "t", model=model_sha256(tmp_path / "out")).sequences == 16
+
+
+def test_too_little_text_for_the_trace_is_said_before_carving(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("a few words and a line end.\n" * 4000)
+    words = ["carve", str(model), "--out", str(tmp_path / "out"), "--trace", str(tmp_path / "t"), "--length", "8"]
+    words += ["--text", str(tmp_path / "few.txt"), "--tokens", "256", "--experts", "6"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1 and "too little text" in done.output and "for test" in done.output
+    assert not (tmp_path / "out").exists() and "calibration" not in done.output
+
+
+@pytest.mark.parametrize("place", ["model", "."])
+def test_a_carving_never_replaces_the_model_it_is_of(tmp_path: Path, place: str) -> None:
+    path = dense(tmp_path / "all" / "model")
+    before = sorted(path.iterdir())
+    with pytest.raises(OutputExistsError, match="itself"):
+        run_carve(config(path, tmp_path / "all" / place, split="random", active=6, overwrite=True), quiet)
+    assert sorted(path.iterdir()) == before
+    with pytest.raises(OutputExistsError, match="itself"):
+        source = open_directory(path)
+        weights = dict(source.weights(list(source.decoder.tensors())))
+        save_model(path, source.decoder, weights, companions_of=source, record={}, overwrite=True)
+    assert sorted(path.iterdir()) == before
+
+
+def test_another_text_of_the_same_name_is_another_run(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven.\n" * 6000)
+    wanted = config(model, tmp_path / "out", sources=(str(text),), split="random", active=6)
+    run_carve(wanted, quiet)
+    text.write_text("seven six five four three two one.\n" * 6000)
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        run_carve(wanted, quiet)
+
+
+def test_longer_windows_of_the_same_tokens_are_other_work(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven.\n" * 6000)
+    first = config(model, tmp_path / "one", sources=(str(text),), keep=tmp_path / "kept", tokens=512)
+    run_carve(first, quiet)
+    plan = plan_carve(replace(first, out=tmp_path / "two", length=16))
+    assert plan.done == {"calibration": 0, "splits": 0, "gates": 0}
 
 
 @pytest.mark.parametrize(

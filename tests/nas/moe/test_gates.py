@@ -67,14 +67,47 @@ def test_dead_experts_come_alive() -> None:
     alive = distil_gate(seen, split, Shape(width=48, experts=4, top_k=1), RouterTraining(steps=60), torch.Generator())
     weight = alive.weight.clone()
     weight[2] = -100 * seen.inputs.mean(0)
-    mended, dead = revive(weight, seen.inputs, energy, 1)
-    assert dead == (2,)
+    mended, dead, left = revive(weight, seen.inputs, energy, 1)
+    assert dead == (2,) and left == ()
     chosen = (seen.inputs @ mended.T).argmax(1)
     load = torch.bincount(chosen, minlength=4) * 4 / len(chosen)
     assert (load > DEAD).all() and load[2] > 0.2
     assert torch.equal(mended[[0, 1, 3]], weight[[0, 1, 3]])
     # and it gets tokens that it is for
     assert (energy.argmax(1)[chosen == 2] == 2).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("top_k", [4, 8, 12])
+def test_a_dead_expert_of_many_active_ones_gets_its_own_tokens(top_k: int) -> None:
+    """With half of the experts active the bar is below zero for half of the tokens: length alone sets no load."""
+    draw = torch.Generator().manual_seed(top_k)
+    inputs = torch.randn(4096, 32, generator=draw) + torch.randn(32, generator=draw)
+    weight = torch.randn(16, 32, generator=draw)
+    energy = torch.rand(4096, 16, generator=draw)
+    energy[:, 5] += (inputs[:, 0] - inputs[:, 0].mean()).clamp_min(0) * 5
+    weight[5] = -100 * inputs.mean(0)
+    mended, dead, left = revive(weight, inputs, energy, top_k)
+    assert 5 in dead and left == ()
+    chosen = (inputs @ mended.T).topk(top_k, dim=1).indices
+    wanted = (chosen == 5).any(1)
+    assert 0.5 < wanted.float().mean().item() / (0.25 * top_k / 16) < 2
+    share = energy[:, 5] / energy.sum(1)
+    assert share[wanted].mean() > 1.5 * share[~wanted].mean()
+
+
+def test_an_expert_that_dies_when_another_is_put_right_is_put_right_too() -> None:
+    """Expert 3 lives of 30 tokens that expert 2, which is dead, wants more than any others."""
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2048, 16, generator=draw)
+    inputs[:, 0], inputs[:, 1], inputs[:30, 0] = 0, 3, 8
+    weight = torch.randn(8, 16, generator=draw) / 4
+    weight[:, :2], weight[2, 1], weight[3] = 0, -100, 0
+    weight[3, 0], weight[3, 1] = 1, -2
+    energy = torch.rand(2048, 8, generator=draw) * 0.1
+    energy[:30, 2] = energy[:30, 3] = 5
+    mended, dead, left = revive(weight, inputs, energy, 1)
+    load = torch.bincount((inputs @ mended.T).argmax(1), minlength=8) * 8 / 2048
+    assert dead == (2, 3) and left == () and (load > DEAD).all()
 
 
 @pytest.mark.parametrize("normalized", [True, False])

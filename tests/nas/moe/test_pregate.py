@@ -12,9 +12,12 @@ import torch
 from click.testing import CliRunner
 from refound.cli import main
 from refound.distill.config import Training
+from refound.distill.errors import TextError
 from refound.export.directory import open_directory
+from refound.export.errors import OutputExistsError
 from refound.nas.moe.carve import run_carve
 from refound.nas.moe.errors import CarveUsageError, LayoutError, MoeError, TraceError
+from refound.nas.moe.hearing import gate_choice, oracle_energy
 from refound.nas.moe.module import load_carved, mixtures
 from refound.nas.moe.pregate import (
     PreGate,
@@ -25,7 +28,7 @@ from refound.nas.moe.pregate import (
     start,
     write_sidecar,
 )
-from refound.nas.moe.pregating import gate_choice, oracle_energy, pregated, run_pregating
+from refound.nas.moe.pregating import pregated, run_pregating
 from refound.nas.moe.pregating_config import PreGateConfig
 from refound.nas.moe.scheduler import Scheduler
 from refound.nas.moe.trace import model_sha256
@@ -217,6 +220,59 @@ def test_cut_off_it_goes_on_to_the_same_bytes(made: PreGateConfig, found: Any, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.pregate"]
 
 
+def test_the_same_run_is_done_once(made: PreGateConfig, found: Any) -> None:
+    said: list[str] = []
+    assert run_pregating(made, said.append).to_json() == json.loads(json.dumps(found.to_json()))
+    assert "already" in said[0] and len(said) == 1
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        run_pregating(replace(made, seed=1), quiet)
+
+
+def test_cut_off_between_sidecar_and_model_it_goes_on(made: PreGateConfig, found: Any, tmp_path: Path) -> None:
+    """And what a process leaves that is killed between a result and the end of its state goes too."""
+    short = replace(made, out=tmp_path / "out", rounds=1, steps=2)
+
+    class Killed(BaseException):
+        pass
+
+    def say(line: str) -> None:
+        if "sidecar is written" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_pregating(short, say)
+    assert short.sidecar.exists() and not short.out.exists()
+    for name in ("gates1", "experts1"):
+        (tmp_path / f".out.{name}.state").mkdir()
+    run_pregating(short, quiet)
+    read_sidecar(short.sidecar, of=model_sha256(short.out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.pregate"]
+    other = replace(made, out=tmp_path / "two", rounds=1, steps=3)
+    short.sidecar.rename(other.sidecar)
+    with pytest.raises(OutputExistsError, match="--overwrite"):  # it is another run's
+        run_pregating(other, quiet)
+
+
+def test_too_little_text_for_a_later_round_is_said_first(made: PreGateConfig, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven.\n" * 2500)
+    said: list[str] = []
+    with pytest.raises(TextError, match="too little text"):
+        run_pregating(
+            replace(
+                made,
+                out=tmp_path / "out",
+                sources=(str(text),),
+                steps=2,
+                rounds=40,
+                held_out=1,
+                training=replace(made.training, tokens=2048),
+            ),
+            said.append,
+        )
+    assert said == []
+
+
 def test_models_that_do_not_belong_together(made: PreGateConfig, tmp_path: Path) -> None:
     other = dense(tmp_path / "other", layers=3)
     with pytest.raises(LayoutError, match="another number of layers"):
@@ -273,6 +329,7 @@ def test_the_command_says_what_is_wrong(made: PreGateConfig, tmp_path: Path) -> 
     for arguments, code, told in (
         (["--rounds", "0"], 2, "rounds, steps, batch and held_out must be at least 1"),
         (["--set", "tokns=1"], 2, "did you mean 'tokens'"),
+        (["--size", "30"], 2, "a size that divides into 4 heads of an even width, as 32 does"),
         (["--length", "32", "--tokens", "100000000"], 1, "too little text"),
     ):
         done = CliRunner().invoke(main, [*base, *arguments])

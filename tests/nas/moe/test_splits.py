@@ -75,6 +75,18 @@ def test_domains_share_what_all_use_and_own_what_one_uses() -> None:
         assert set(owner[list(expert)].tolist()) == {number // 2}
 
 
+def test_gradient_looks_at_no_window_that_is_held_out() -> None:
+    seen, shape = evidence(windows=16), Shape(width=48, experts=3, top_k=1, shared=6)
+    assert seen.gradients is not None
+    other = seen.gradients.clone()
+    other[14:] = 100 * torch.rand(2, 48, generator=torch.Generator().manual_seed(5))
+    one, two = (
+        find_split("gradient").split(shape, replace(seen, gradients=gradients), np.random.default_rng(0))
+        for gradients in (seen.gradients, other)
+    )
+    assert one == two
+
+
 def test_gradient_puts_together_what_matters_in_the_same_windows() -> None:
     seen = evidence(windows=12)
     owner = torch.arange(48) % 3
