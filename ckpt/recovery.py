@@ -65,7 +65,7 @@ class Recovery:
         except (SnapshotError, MemoryError) as error:
             trouble = as_snapshot_error(error)
             with keeper.changed:
-                if self._is_restored():
+                if self._is_restored() and not isinstance(error, DamageError | MemoryError):
                     # The others drop what they held as soon as a newer one is committed: word of it may be on its way.
                     keeper.changed.wait_for(self._is_outdated, timeout=_NEWS.total_seconds())
                 if self._is_outdated():

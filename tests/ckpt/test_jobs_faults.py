@@ -141,6 +141,7 @@ def test_whole_node_lost(job: Job) -> None:
     assert job.sources() == ["memory", "parity", "memory"]
 
 
+@pytest.mark.campaign
 def test_a_node_that_was_rebuilt_protects_the_others(job: Job) -> None:
     """What node 2 rebuilds must be whole, data and parity: right after, another node is lost."""
     step = resting(job)

@@ -48,6 +48,7 @@ def check(job: Job, ranks: int, steps: int) -> None:
         assert sorted(of_epoch) == list(range(EPOCH["samples"])), f"epoch {epoch}"
 
 
+@pytest.mark.campaign
 def test_a_job_comes_back_with_other_ranks_and_other_layouts(tmp_path: Path) -> None:
     """FSDP2 on 4 ranks, DDP on 2, FSDP2 on 4 again: no step is lost and none is done twice."""
     with Job(tmp_path, nodes=1, workers=4, kind="fsdp", steps=8, max_restarts=0, program=SCRIPT) as job:
