@@ -6,7 +6,6 @@ and ends with the bits of an undisturbed run.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +22,7 @@ from ..distill.exclusive import only_one
 from ..distill.follow import Course, Follower, TrainedPart
 from ..distill.loop import eos_of
 from ..distill.proven import read_proven
+from ..distill.ranks import on_every_rank
 from ..distill.resume import STATE, state_folder
 from ..distill.texts import open_tokenizer, pack
 from ..export.atomic import require_absent
@@ -76,15 +76,7 @@ class TunePlan:
 
 def run_tune(recipe: TuneRecipe, progress: Progress, *, overwrite: bool = False) -> Tuned | None:
     """`tune` on all ranks of this process's torchrun; None on ranks other than the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return tune(recipe, progress, overwrite=overwrite)
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    try:
-        found = tune(recipe, progress if first else lambda _: None, overwrite=overwrite)
-        return found if first else None
-    finally:
-        dist.destroy_process_group()
+    return on_every_rank(lambda told: tune(recipe, told, overwrite=overwrite), progress)
 
 
 def plan_tune(recipe: TuneRecipe) -> TunePlan:

@@ -15,6 +15,7 @@ with --out that was cut off goes on.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import random
@@ -230,12 +231,10 @@ def pairs(count: int, *, longest: int) -> list[dict[str, Any]]:
 def swapped(text: str, draw: random.Random) -> str | None:
     """The text with one of its operators exchanged; None if it has none."""
     places = []
-    try:
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):  # a part of a text; what was found before counts
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type == tokenize.OP and token.string in _SWAPS and token.start[1]:
                 places.append((token.start, token.string))
-    except (tokenize.TokenError, IndentationError, SyntaxError):
-        pass  # what was found before counts
     if not places:
         return None
     (row, column), old = draw.choice(places)

@@ -18,6 +18,7 @@ from ..ckpt.position import Position
 from .config import digest
 from .errors import DivergedError
 from .loop import learning_rate
+from .ranks import average_gradients
 from .resume import guard, state_folder
 
 Loss = Callable[[list[int]], torch.Tensor]
@@ -136,17 +137,8 @@ class Follower:
                 f"{course.lr})"
             )
         (loss * weight).backward()
-        self._average_gradients()
+        average_gradients(self._part.parameters())
         torch.nn.utils.clip_grad_norm_(self._part.parameters(), course.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return told.item()
-
-    def _average_gradients(self) -> None:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        for parameter in self._part.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()

@@ -7,7 +7,6 @@ batch. Killed, it goes on where it was: see `resume`. The result is a model dire
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from .logit_store import LogitStore, stored_kl
 from .losses import cosine_distance, find_divergence
 from .models import load, open_blocks, positions_of, states_of, weights_of
 from .quality import Quality, measure
+from .ranks import average_gradients, on_every_rank
 from .resume import guard, state_folder
 from .save import RECORD, save_model
 from .texts import open_tokenizer, pack
@@ -73,15 +73,7 @@ def _quality(told: dict[str, Any]) -> Quality:
 
 def run_distillation(config: DistillConfig, progress: Progress) -> Distilled | None:
     """`distill` on all ranks of this process's torchrun; None on ranks other than the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return distill(config, progress)
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    try:
-        outcome = distill(config, progress if first else lambda _: None)
-        return outcome if first else None
-    finally:
-        dist.destroy_process_group()
+    return on_every_rank(lambda told: distill(config, told), progress)
 
 
 def distill(config: DistillConfig, progress: Progress, *, alone: bool = False) -> Distilled:
@@ -252,7 +244,7 @@ class Loop:
                 f"(it is {self._training.lr})"
             )
         (loss * self._data.weight).backward()
-        self._average_gradients()
+        average_gradients(self._trained)
         torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -284,15 +276,6 @@ class Loop:
             distances = torch.stack([cosine_distance(one, other).mean() for one, other in pairs])
             loss = loss + self._training.cosine * distances.mean()
         return loss if self._auxiliary is None else loss + self._auxiliary()
-
-    def _average_gradients(self) -> None:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return
-        for parameter in self._trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
 
 
 class Schedule(Protocol):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training of heads, a draft or exits: planned, or done."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from ...distill.models import open_blocks
+from ...distill.ranks import on_every_rank
 from ...export.atomic import size_text
 from . import draft, exit_run, medusa_run
 from .job import Job, Outcome
@@ -90,15 +88,7 @@ def run_heads(config: HeadsConfig, progress: Progress) -> Outcome | None:
     Raises:
         ExportError, DistillError: for a model, a text, a setting or a state that cannot be used.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _run(config, progress)
-    dist.init_process_group("gloo")
-    first = dist.get_rank() == 0
-    try:
-        found = _run(config, progress if first else lambda _: None)
-        return found if first else None
-    finally:
-        dist.destroy_process_group()
+    return on_every_rank(lambda told: _run(config, told), progress)
 
 
 def _run(config: HeadsConfig, progress: Progress) -> Outcome:

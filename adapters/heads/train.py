@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ...ckpt.position import Position
 from ...distill.config import Training as Schedule
 from ...distill.errors import DivergedError
 from ...distill.loop import learning_rate
+from ...distill.ranks import average_gradients
 from ...distill.resume import Guard, guard
 from .own_text import Progress
 from .settings import Training
@@ -65,7 +65,7 @@ def train(
                     f"is {settings.lr})"
                 )
             (found * data.weight).backward()
-            _average_gradients(part)
+            average_gradients(part.parameters())
             torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -75,19 +75,3 @@ def train(
             if keeper.step >= steps:
                 break
     return losses, keeper
-
-
-def _average_gradients(part: torch.nn.Module) -> None:
-    """Over the ranks. What no rank has a gradient for gets none: AdamW would count a step that one rank does not."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    parameters = list(part.parameters())
-    found = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    for parameter, somewhere in zip(parameters, found.tolist(), strict=True):
-        if not somewhere:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()

@@ -6,6 +6,7 @@ and was not used yet; what was changed on the device goes down to the host, and 
 expert has its slot, so that a write that fails loses nothing. One thread reads ahead; all else is the caller's thread.
 """
 
+import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -95,7 +96,7 @@ class ExpertFiles:
 
     def write(self, key: Key, buffers: Buffers) -> None:
         """Keep what was changed. The model's own files are never written."""
-        raise NotImplementedError(f"expert {key} was changed, and these files are only read")
+        raise io.UnsupportedOperation(f"expert {key} was changed, and these files are only read")
 
 
 class _Slots:
