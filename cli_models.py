@@ -80,12 +80,10 @@ def export(
     from .export.plan import ExportConfig
 
     names = find_engines(engines)
-    if has_heads(Path(source)) and not (check or dry_run):
-        from .adapters.heads.export import export_heads
-
-        to = out or sources.default_out(source)
-        written = export_heads(Path(source), like, names, to, family=family, overwrite=overwrite)
-        click.echo(json.dumps(written.to_json(), indent=2) if as_json else written.to_text())
+    if has_heads(Path(source)):
+        if check or dry_run:
+            raise UsageError("--check and --dry-run are for models; heads are copied in a moment, and small")
+        _export_heads(source, like, names, out, family, overwrite=overwrite, as_json=as_json)
         return
     if check:
         fit = report.check(sources.configuration_of(source, like), names)
@@ -104,6 +102,24 @@ def export(
     )
     found = _exported(config, source, like, merge=merge, dry_run=dry_run)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+
+
+def _export_heads(
+    source: str,
+    like: Path | None,
+    names: tuple[str, ...],
+    out: Path | None,
+    family: str,
+    *,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    from . import sources
+    from .adapters.heads.export import export_heads
+
+    to = out or sources.default_out(source)
+    written = export_heads(Path(source), like, names, to, family=family, overwrite=overwrite)
+    click.echo(json.dumps(written.to_json(), indent=2) if as_json else written.to_text())
 
 
 def _exported(

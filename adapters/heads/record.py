@@ -9,13 +9,12 @@
 A draft is a model directory like any other, with the same record in it.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...distill.save import RECORD, SCHEMA
+from ...distill.save import RECORD, SCHEMA, file_sha256
 from ...export.atomic import fresh_directory
 from .errors import HeadsMismatchError, HeadsUsageError
 
@@ -29,17 +28,12 @@ def save_heads(out: Path, write: Callable[[Path], None], record: Mapping[str, An
     with fresh_directory(out, overwrite=overwrite) as folder:
         write(folder)
         files = {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _hash(file)}
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         }
         told = {"schema": SCHEMA, **record, "files": files}
         (folder / RECORD).write_text(json.dumps(told, indent=2) + "\n")
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def heads_record(path: Path) -> dict[str, Any] | None:
@@ -75,6 +69,6 @@ def read_record(path: Path, kind: str, fingerprint: str | None) -> dict[str, Any
             f"train heads for this one: refound heads MODEL --kind {kind}"
         )
     for name, file in found["files"].items():
-        if not (path / name).is_file() or _hash(path / name) != file["sha256"]:
+        if not (path / name).is_file() or file_sha256(path / name) != file["sha256"]:
             raise HeadsMismatchError(f"{path / name} is not what was written: copy it again, or train it again")
     return found

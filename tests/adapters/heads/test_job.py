@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which run it is, what it may write over, and that it is alone there."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -106,3 +107,11 @@ def test_where_nothing_can_be_written(base: Path, tmp_path: Path) -> None:
     mine = config(base, tmp_path / "out", replace(SETTINGS, own=True), texts=tmp_path / "file" / "texts")
     with pytest.raises(CacheWriteError, match=r"cannot write .*--texts"):
         run_heads(mine, quiet)
+
+
+@pytest.mark.parametrize("option", ["--check", "--dry-run"])
+def test_an_export_of_heads_has_nothing_to_tell_beforehand(tmp_path: Path, option: str) -> None:
+    """It says so, instead of looking for a model there."""
+    (tmp_path / "refound.json").write_text(json.dumps({"heads": {"kind": "medusa"}, "base": {"sha256": "0"}}))
+    done = CliRunner().invoke(main, ["export", str(tmp_path), "--to", "vllm", option])
+    assert done.exit_code == 2 and "are for models" in done.output
