@@ -132,6 +132,9 @@ def read_adapter(path: Path, base: ModelDirectory) -> Adapter:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG).is_file():
+        what = f"has no {CONFIG}, so it is no adapter of PEFT" if path.is_dir() else "is not there"
+        raise ModelDirectoryError(f"{path} {what}")
     try:
         config = json.loads((path / CONFIG).read_text())
         kind, problems = config.get("peft_type"), [told for key, told in _REFUSED.items() if config.get(key)]

@@ -160,6 +160,14 @@ def test_what_is_wrong_is_told_before_anything_is_written(
     assert [entry.name for entry in tmp_path.iterdir()] == ["bad"]
 
 
+def test_what_is_no_adapter_is_told(base: Path, tmp_path: Path) -> None:
+    for path, told in ((base, "has no adapter_config.json"), (tmp_path / "nosuch", "is not there")):
+        done = CliRunner().invoke(
+            main, ["adapter", "compress", str(path), "--rank", "2", "--out", str(tmp_path / "out")]
+        )
+        assert done.exit_code == 1 and told in done.output
+
+
 def test_merge_is_for_adapters(base: Path) -> None:
     done = refound(base, "--merge", "--to", "vllm")
     assert done.exit_code == 2 and "is none" in done.output
