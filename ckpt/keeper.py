@@ -22,6 +22,7 @@ from . import fence
 from .agreement import Decision, HeldView, SnapshotId
 from .conf import PluginConfig
 from .costs import code_cost
+from .describe import describe
 from .errors import DamageError, ProtocolError, SnapshotError, SnapshotMemoryError, StaleWriterError
 from .fence import Worker
 from .held import Held, Record, ShardRecord
@@ -532,55 +533,7 @@ class Keeper:
     def status(self) -> dict[str, Any]:
         """A snapshot of everything `refound status` shows."""
         with self.changed:
-            decision = self.decision
-            group = next((g for g in decision.groups if self.position in g.members), None) if decision else None
-            return {
-                "job": self.job,
-                "node": self.node,
-                "position": self.position,
-                "generation": self.generation,
-                "nodes": [node.name for node in decision.nodes] if decision else [],
-                "world_size": next((w.world_size for w in self.workers.values()), None),
-                "code": {"k": group.k, "m": group.m} if group else None,
-                "workers": [{"rank": w.rank, "pid": w.pid} for w in self.workers.values() if w.alive],
-                "committed": self._committed_status(),
-                "phase": self._phase(),
-                "slot_bytes": sum(s.size_bytes for pool in self.pools.values() for s in pool),
-                "parity_bytes": sum(s.size_bytes for s in self._parity()),
-                "snapshots": self.snapshots,
-                "last_commit_ms": round(self.last_commit_ms, 1),
-                "every": self.tuning.every,
-                "stall_ms": self.tuning.last.stall_ms if self.tuning.last else None,
-                "step_ms": self.tuning.last.step_ms if self.tuning.last else None,
-                "checkpoint": self.checkpoint,
-                "restored": self.restored,
-                "over": self.is_over,
-                "scrub": dict(self.scrub),
-                "lease_s": self.conf.lease_s,
-                "trouble": str(self.trouble) if self.trouble else None,
-                "events": list(self.events),
-            }
-
-    def _parity(self) -> list[Segment]:
-        """All memory of parity: of every snapshot, handed on to others, and kept for the next."""
-        return [*(s for held in self.in_memory() for s in held.parity + held.handed_on), *self.spare_parity]
-
-    def _committed_status(self) -> dict[str, Any] | None:
-        if self.committed is None:
-            return None
-        age_s = round(time.time() - self.committed_at, 3)
-        return {"step": self.committed.step, "generation": self.committed.generation, "age_s": age_s}
-
-    def _phase(self) -> str:
-        if not self.is_open:
-            return "rendezvous" if self.generation else "waiting"
-        if any(held.committed and not (held.data_complete and held.parity_complete) for held in self.held.values()):
-            return "recovering"
-        under_way = [held for held in self.held.values() if not held.committed]
-        # What another node has announced is held here too, before this node's own workers have begun to copy.
-        if self.writing or any(not held.data_complete for held in under_way):
-            return "copying"
-        return "parity" if under_way else "idle"
+            return describe(self)
 
     def wait_committed(self, worker: Worker, step: int, timeout: timedelta) -> bool:
         """Wait until a snapshot of this generation at `step` or later is committed. False on time-out."""
