@@ -27,7 +27,6 @@ from .measure import interpolate, pass_seconds
 from .runs import expected_of_chain, run_lengths
 from .settings import DraftSettings, HeadsConfig
 from .states import final_states
-from .train import train
 
 
 def small_decoder(source: Decoder, settings: DraftSettings) -> tuple[Decoder, tuple[int, ...]]:
@@ -124,15 +123,10 @@ def run_draft(job: Job) -> Outcome:
     windows, held_out = job.windows(model, "train"), job.windows(model, "test")
     weights = small_weights(job.source, decoder, chosen) if job.start is None else None
     draft = load(companions) if weights is None else build(decoder, weights, dtype=torch.float32)
-    losses, keeper = train(
+    losses, keeper = job.train(
         DraftPart(draft),
         DraftLoss(draft=draft, model=model, settings=settings),
         windows,
-        settings,
-        folder=job.folder,
-        run=job.run,
-        seed=job.config.seed,
-        progress=job.progress,
     )
     draft.requires_grad_(False)
     made: list[Outcome] = []

@@ -24,7 +24,6 @@ from .measure import interpolate, pass_seconds, seconds_of
 from .record import read_record, save_heads
 from .runs import expected_of_chain, run_lengths
 from .settings import ExitSettings, HeadsConfig
-from .train import train
 
 EXITS, GENERATION = "exits.safetensors", "generation_config.json"
 _MOST = 8
@@ -40,15 +39,10 @@ def run_exit(job: Job) -> Outcome:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.config.seed)
         part = ExitPart(model, layers, settings)
-    losses, keeper = train(
+    losses, keeper = job.train(
         part,
         ExitLoss(part=part, model=model, settings=settings),
         windows,
-        settings,
-        folder=job.folder,
-        run=job.run,
-        seed=job.config.seed,
-        progress=job.progress,
     )
     part.requires_grad_(False)
     made: list[Outcome] = []

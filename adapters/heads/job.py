@@ -17,7 +17,7 @@ from ...distill.exclusive import only_one
 from ...distill.loop import eos_of
 from ...distill.models import DeciLMForCausalLM, load, open_blocks
 from ...distill.proven import read_proven
-from ...distill.resume import STATE, state_folder
+from ...distill.resume import STATE, Guard, state_folder
 from ...distill.texts import Part
 from ...export.atomic import require_absent
 from ...export.directory import ModelDirectory
@@ -28,6 +28,7 @@ from .measure import Speed, by_turns
 from .own_text import Progress, read_text, windows_of
 from .record import heads_record
 from .settings import HeadsConfig
+from .train import Loss, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,22 @@ class Job:
         """(count, length): for training, or held out."""
         folder = self.config.texts or self.folder
         return windows_of(self.config, self.source, model, part, self.text[part], folder, self.progress)
+
+    def train(
+        self, part: torch.nn.Module, loss: Loss, windows: torch.Tensor, rates: Mapping[str, float] | None = None
+    ) -> tuple[list[float], Guard]:
+        """See `train.train`."""
+        return train(
+            part,
+            loss,
+            windows,
+            self.config.settings,
+            folder=self.folder,
+            run=self.run,
+            seed=self.config.seed,
+            progress=self.progress,
+            rates=rates,
+        )
 
     def prompts(self, held_out: torch.Tensor) -> list[list[int]]:
         settings = self.config.settings

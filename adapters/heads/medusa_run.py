@@ -21,7 +21,6 @@ from .measure import interpolate, pass_seconds, seconds_of
 from .medusa import MedusaLoss, MedusaPart, accuracies
 from .record import read_record, save_heads
 from .settings import HeadsConfig, MedusaSettings
-from .train import train
 
 HEADS, BASE = "heads", "base"
 _MOST = 32
@@ -37,15 +36,10 @@ def run_medusa(job: Job) -> Outcome:
     part = MedusaPart(model, settings)
     teacher = job.model() if settings.joint else model
     loss = MedusaLoss(part=part, model=model, teacher=teacher, settings=settings)
-    losses, keeper = train(
+    losses, keeper = job.train(
         part,
         loss,
         windows,
-        settings,
-        folder=job.folder,
-        run=job.run,
-        seed=job.config.seed,
-        progress=job.progress,
         rates={"backbone": settings.joint_lr},
     )
     model.requires_grad_(False)
