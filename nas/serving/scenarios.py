@@ -2,7 +2,7 @@
 """The ways to serve one trace that are compared: as engines do, with each plan alone, and with all of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,28 +26,34 @@ class Compared:
     what: str
 
 
-def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) -> list[tuple[Scenario, str]]:
-    """Each with a sentence that says what is different. part: what is replayed. steps: at most so many."""
+def _usual(
+    subject: Subject, part: RoutingTrace, plans: Plans, batches: Sequence[np.ndarray], since: np.ndarray
+) -> Scenario:
+    """What engines do without a plan."""
     devices, count = subject.devices, part.experts
-    batches, since = {}, {}
-    for aware in (False, True):
-        whole = batches_of(part.choice, part.starts, count, plans.batching, expert_aware=aware)
-        batches[aware], since[aware] = whole[:steps], known_from(part.starts, whole, plans.batching)
-    usual = contiguous(part.layers, capacities(count, devices.count))
     sizes = np.full((part.layers, count), subject.sizes.expert_bytes)
-    base = Scenario(
+    return Scenario(
         name=USUAL,
-        device_of=usual,
+        device_of=contiguous(part.layers, capacities(count, devices.count)),
         home=sequence_homes(part, devices.count),
-        batches=batches[False],
+        batches=batches,
         expert_bytes=sizes,
         hidden_bytes=subject.sizes.hidden_bytes,
         parameters=subject.sizes.parameters,
         # by what the plans' part of the text used: hosts are filled before what is replayed comes
         in_host=in_host_of(plans.predictor.marginal, sizes, devices),
         slots=plans.slots,
-        known_from=since[False],
+        known_from=since,
     )
+
+
+def scenarios(subject: Subject, part: RoutingTrace, plans: Plans, steps: int) -> list[tuple[Scenario, str]]:
+    """Each with a sentence that says what is different. part: what is replayed. steps: at most so many."""
+    batches, since = {}, {}
+    for aware in (False, True):
+        whole = batches_of(part.choice, part.starts, part.experts, plans.batching, expert_aware=aware)
+        batches[aware], since[aware] = whole[:steps], known_from(part.starts, whole, plans.batching)
+    base = _usual(subject, part, plans, batches[False], since[False])
     ahead = max(plans.look_ahead // plans.batching.batch, 1)
     guessed = plans.predictor.guess(part.choice, part.tokens, part.starts, "ahead", part.top_k)
 
