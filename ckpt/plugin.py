@@ -25,6 +25,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
     RendezvousConnectionError,
     RendezvousHandler,
     RendezvousInfo,
@@ -118,7 +119,9 @@ class RefoundRendezvous(RendezvousHandler):
         self._is_away = False
         self._outcome = Outcome.watch()
         self._spares = with_spares(attachment)
-        self._left = self._joined = False
+        self._left = False
+        self._is_excused = True
+        """No worker of this agent's has failed: it has had none yet, or leaves them because of other nodes."""
         atexit.register(self._leave)  # torchrun calls shutdown() when it ends by itself, and nothing on a signal
         os.environ[NO_SHARED_STORE_ENV] = "1"  # read by the wrapped handler
         global is_active
@@ -134,23 +137,16 @@ class RefoundRendezvous(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         """Join the next round. Ends the agent with exit code 2 if the nodes contradict each other.
 
-        With exit code 0 if this one takes the place of an agent that was lost when all was done.
+        With exit code 0 if all was done when this one took the place of a lost agent, or left its workers for one.
         Raises RendezvousTimeoutError if no round of enough nodes succeeds within the time allowed for joining.
         """
-        if not self._joined and self._attachment.is_over():
-            self._outcome.success = True
-            print(
-                "refound: all ranks of this job were done when its agent was lost: nothing is left to do",
-                file=sys.stderr,
-            )
-            raise SystemExit(0)
-        self._joined = True
+        self._end_if_over()
         deadline = time.monotonic() + self._inner.settings.timeout.join.total_seconds()
         while True:
             with plain_errors():
                 self._with_snapshots(self._attachment.at_rendezvous)
                 try:
-                    info = self._inner.next_rendezvous()
+                    info = self._join()
                     if self._may_go_on(info):
                         return self._agree(info)
                     failure = RendezvousTimeoutError("too few nodes of the last generation have come")
@@ -167,6 +163,20 @@ class RefoundRendezvous(RendezvousHandler):
                     failure = RendezvousTimeoutError("in every round a node vanished")
                 if time.monotonic() > deadline:
                     raise failure
+
+    def _join(self) -> RendezvousInfo:
+        try:
+            return self._inner.next_rendezvous()
+        except RendezvousClosedError:
+            self._end_if_over()
+            raise
+
+    def _end_if_over(self) -> None:
+        """Ends this agent if there is nothing left to do, and no worker of its own has failed."""
+        if self._is_excused and self._attachment.is_over():
+            self._outcome.success = True
+            print("refound: all ranks of this job are done: nothing is left to do", file=sys.stderr, flush=True)
+            raise SystemExit(0)
 
     def _may_go_on(self, info: RendezvousInfo) -> bool:
         """Exchange who is here, and see whether so few nodes may go on. Says so, once, if they may not."""
@@ -204,7 +214,7 @@ class RefoundRendezvous(RendezvousHandler):
         generation = self._attachment.open(views, secret)
         rank = decision.position_of(self._attachment.node)
         announce(decision, rank)
-        self._polled_at, self._is_away = None, False
+        self._polled_at, self._is_away, self._is_excused = None, False, False
         self._generation, self._said, self._nodes = generation, "", info.world_size
         os.environ |= worker_environment(self._attachment, generation)
         # A fresh prefix: ranks may differ from the inner round's, whose keys the inner handler has used.
@@ -261,7 +271,11 @@ class RefoundRendezvous(RendezvousHandler):
         if reasons and not self._said:
             self._said = "; ".join(reasons)
             print(f"refound: leaving generation {self._generation}: {self._said}", file=sys.stderr, flush=True)
-        return self._inner.num_nodes_waiting() or int(bool(reasons) or not self._attachment.alive())
+        waiting = self._inner.num_nodes_waiting() or int(bool(reasons) or not self._attachment.alive())
+        if waiting and self._attachment.is_over():
+            return 0  # whoever comes now comes too late, and these workers are just ending
+        self._is_excused = bool(waiting)
+        return waiting
 
     def _was_away(self) -> bool:
         """torch's rendezvous drops an agent that is silent for so long, and never tells it."""

@@ -121,17 +121,29 @@ def test_a_job_that_failed_goes_on_when_launched_again(tmp_path: Path) -> None:
         eventually(lambda: not find_nodes(job.name), "refound stop frees the memory")
 
 
-def test_an_agent_lost_when_all_is_done_holds_nobody_up(tmp_path: Path) -> None:
-    """Neither the others, in torchrun's exit barrier (300 s), nor the agent in its place wait for anything."""
+@pytest.mark.parametrize("comes", ["before the end", pytest.param("after it", marks=pytest.mark.campaign)])
+def test_an_agent_lost_when_all_is_done_holds_nobody_up(comes: str, tmp_path: Path) -> None:
+    """Neither the others, in torchrun's exit barrier (300 s), nor the agent in its place wait for anything.
+
+    Whether that one waits at the rendezvous when the others close it, or comes when all is done: it ends well.
+    """
     with Job(tmp_path) as job:
         job.start()
         job.train_to(STEPS - 1)
         send([job.agent(2).pid], signal.SIGSTOP)  # it does not see its worker end
+        if comes == "before the end":
+            send((job.agent(node).pid for node in (0, 1)), signal.SIGSTOP)  # nor do these see the new one wait
+            send([job.agent(2).pid])
+            job.agent(2).wait()
+            job.start_node(2)
+            job.wait(lambda: job.status(2)["agent_pid"] == job.agent(2).pid, "the new agent is there")
         job.allow(STEPS)
         job.wait(lambda: all(s["over"] for s in job.statuses().values()), "all ranks are done")
-        send([job.agent(2).pid])
-        job.agent(2).wait()
-        job.start_node(2)
+        if comes == "after it":
+            send([job.agent(2).pid])
+            job.agent(2).wait()
+            job.start_node(2)
+        send((job.agent(node).pid for node in (0, 1)), signal.SIGCONT)
         job.finish()
 
 
