@@ -142,11 +142,22 @@ class Gate:
         with self._listener, contextlib.suppress(OSError):  # how a cut ends this thread
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target))
-                with self._lock:
-                    self._sockets += [near, far]
+                if (far := self._connect(near)) is None:
+                    continue
                 for source, sink, counted in ((near, far, False), (far, near, True)):
                     threading.Thread(target=self._forward, args=(source, sink, counted), daemon=True).start()
+
+    def _connect(self, near: socket.socket) -> socket.socket | None:
+        """The node's end of a connection; none, and this end closed, if there is a cut meanwhile."""
+        with contextlib.ExitStack() as until_kept:
+            until_kept.enter_context(near)
+            far = until_kept.enter_context(socket.create_connection(("127.0.0.1", self._target)))
+            with self._lock:
+                if self.is_cut:
+                    return None
+                self._sockets += [near, far]
+                until_kept.pop_all()
+        return far
 
     def _forward(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
         with contextlib.suppress(OSError):  # either side has gone, or both by the cut
