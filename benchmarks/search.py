@@ -34,8 +34,8 @@ BASELINES = ("uniform width", "depth only", "Minitron-style")
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        out = options.out or Path(folder)
-        rows = [*solver_figures(), *search_figures(options, out)]
+        rows = search_figures(options, options.out or Path(folder))
+    rows = [*solver_figures(), *rows]
     tell(rows, as_json=options.json)
 
 
@@ -119,6 +119,7 @@ def search_figures(options: argparse.Namespace, out: Path) -> list[dict[str, Any
     from refound.nas.report import to_json, write_report
     from refound.nas.search import run_search
 
+    asked = question_sets(options)  # what is missing is told now, and not after an hour
     file = Path(__file__).resolve().parent.parent / "recipes" / "smollm2.toml"
     recipe = read_recipe(file, options.settings, toy=options.toy or options.tiny)
     if options.tiny:
@@ -135,7 +136,6 @@ def search_figures(options: argparse.Namespace, out: Path) -> list[dict[str, Any
     directories = {"searched": child.path}
     for name in BASELINES:
         directories[name] = baseline(name, found.teacher, child.decoder.parameters, out / name.replace(" ", "-"))
-    asked = question_sets(options)
     qualities = {name: compare(name, path, found.teacher, training, out, asked) for name, path in directories.items()}
     rows = [*quality_figures(qualities), *speed_figures(told)]
     return rows + question_figures("teacher", answers(found.teacher.model, found.teacher, asked))
