@@ -88,7 +88,7 @@ def bench(config: BenchConfig, progress: Callable[[str], None]) -> list[Measured
     """
     cpus, size_bytes = len(os.sched_getaffinity(0)), model_bytes(config.model)
     trust = own_code(config.model)
-    prompts = Prompts(ids=_prompts(config.batch, config.length), text=())
+    prompts = Prompts(ids=plain_prompts(config.batch, config.length), text=())
     found: list[Measured] = []
 
     def measure(settings: Settings) -> float:
@@ -207,6 +207,6 @@ def to_text(found: list[Measured]) -> str:
     return "\n".join(lines)
 
 
-def _prompts(batch: int, length: int) -> tuple[tuple[int, ...], ...]:
-    # small ids, which every vocabulary has
+def plain_prompts(batch: int, length: int) -> tuple[tuple[int, ...], ...]:
+    """Prompts of small ids, which every vocabulary has."""
     return tuple(tuple(2 + (31 * row + 7 * step) % 200 for step in range(length)) for row in range(batch))

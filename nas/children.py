@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Children: put together from the teacher and the library, measured as a whole, written as model directories."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,8 @@ def realize(
     )
 
 
-def measure_speed(
-    teacher: Teacher, child: Decoder, store: Store, predicted: Mapping[str, Times], base: Mapping[str, Times]
-) -> dict[str, Speed]:
-    """By workload. predicted, base: of the child and of the teacher, by the cost table."""
+def times_here(teacher: Teacher, child: Decoder, store: Store) -> dict[str, list[list[Times]]]:
+    """By workload, those of the teacher and of the child on this device, by turns."""
     widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
     model: Any = build(child, widened, dtype=torch.float32)
     model.to(teacher.device)
@@ -107,14 +105,18 @@ def measure_speed(
     with threads(costs.threads):
         for workload in costs.workloads:
             measures = [lambda w=workload: measure_once(teacher.model, w), lambda w=workload: measure_once(model, w)]
-            own, other = by_turns(measures, costs.repeats)
-            found[workload.name] = Speed(
-                teacher=median(own),
-                child=median(other),
-                predicted=predicted[workload.name],
-                predicted_teacher=base[workload.name],
-            )
+            found[workload.name] = by_turns(measures, costs.repeats)
     return found
+
+
+def speeds(
+    measured: Mapping[str, Sequence[Sequence[Times]]], predicted: Mapping[str, Times], base: Mapping[str, Times]
+) -> dict[str, Speed]:
+    """By workload. measured: of teacher and child; predicted, base: of the child and of the teacher, by the table."""
+    return {
+        name: Speed(teacher=median(own), child=median(other), predicted=predicted[name], predicted_teacher=base[name])
+        for name, (own, other) in measured.items()
+    }
 
 
 def quality_json(quality: Quality | None) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from ..distill.models import build
 from ..export.architecture import Attention, Decoder, Layer
 from .blocks import Module, fill, make, parameters, part_of, shapes
 from .jobs import Job, Result
-from .recipe import Recipe, Workload
+from .recipe import TORCH, Recipe, Workload
 from .space import Block, SearchSpace, name_of
 from .speed import Times, by_turns, measure_once, median, threads
 
@@ -65,6 +65,8 @@ def base_layer(teacher: Decoder) -> Layer:
 
 def cost_job(teacher: Decoder, recipe: Recipe, block: Block) -> Job:
     """Measures the block; the base's own blocks give the base model's times."""
+    costs = recipe.costs
+    engine = {} if costs.engine == TORCH else {"engine": costs.engine, "quantize": costs.quantize}
     return Job(
         kind="costs",
         key={
@@ -78,6 +80,7 @@ def cost_job(teacher: Decoder, recipe: Recipe, block: Block) -> Job:
             "device": device_name(),
             "torch": str(torch.__version__),
             "threads": recipe.costs.threads or torch.get_num_threads(),
+            **engine,
         },
     )
 
@@ -135,20 +138,21 @@ class CostMeter:
         if self._base is None:
             base = base_layer(self._teacher)
             decoder = replace(self._teacher, layers=(base,) * len(self._teacher.layers))
-            weights = {name: _noise(spec.shape) for name, spec in decoder.tensors().items()}
+            weights = {name: noise(spec.shape) for name, spec in decoder.tensors().items()}
             self._base = build(decoder, weights, dtype=torch.float32)
             self._base.to(self._device)
         return self._base
 
     def _random(self, block: Block, layer: int) -> Module:
         module = make(self._teacher, block)
-        fill(module, {name: _noise(shape) for name, shape in shapes(self._teacher, block).items()})
+        fill(module, {name: noise(shape) for name, shape in shapes(self._teacher, block).items()})
         if isinstance(block, Attention) and block.kind == "grouped":
             module.body.layer_idx = layer  # type: ignore[assignment]  # its place in the cache
         return module.moved(self._device)
 
 
-def _noise(shape: tuple[int, ...]) -> torch.Tensor:
+def noise(shape: tuple[int, ...]) -> torch.Tensor:
+    """Weights to measure with, the same for the same shape."""
     # Zeros or the same number everywhere could be multiplied faster than what a model has.
     generator = torch.Generator().manual_seed(sum(shape))
     return 0.02 * torch.randn(shape, generator=generator)

@@ -12,6 +12,8 @@ from ..distill.config import Training
 from ..distill.tables import flattened, read_raw, read_table
 from .errors import RecipeError
 
+TORCH = "torch"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
@@ -81,6 +83,10 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
+    engine: str = "torch"
+    """Where times are measured: torch, which is transformers on this device in float32, or one of space.engines."""
+    quantize: str = "none"
+    """What the engine is given, as for `refound export --quantize`."""
     workloads: tuple[Workload, ...] = (Workload(name="chat"),)
     repeats: int = 5
     """Of each measurement; the median counts."""
@@ -171,6 +177,7 @@ def check(recipe: Recipe) -> list[str]:
     for workload in recipe.costs.workloads:
         if min(workload.batch, workload.prompt) < 1 or workload.new < 0:
             problems.append(f"the workload {workload.name!r} needs a batch and a prompt of at least 1")
+    problems += _engine_problems(recipe)
     if recipe.score.objective not in ("kl", "lm", "cosine"):
         problems.append(f"score.objective is {recipe.score.objective!r}, none of kl, lm, cosine")
     if not recipe.library.ridge or min(recipe.library.ridge) <= 0:
@@ -185,6 +192,16 @@ def check(recipe: Recipe) -> list[str]:
     from .budget import budget_problems
 
     return problems + budget_problems(recipe.budget, names) + recipe.distill.problems("distill")
+
+
+def _engine_problems(recipe: Recipe) -> list[str]:
+    costs = recipe.costs
+    if costs.engine == TORCH:
+        return [] if costs.quantize == "none" else ["costs.quantize is of what an engine is given; torch gets float32"]
+    if costs.engine not in recipe.space.engines:
+        told = ", ".join((TORCH, *recipe.space.engines))
+        return [f"costs.engine is {costs.engine!r}, none of {told}: torch, or one of space.engines"]
+    return []
 
 
 def _budget_beside(raw: Mapping[str, Any]) -> list[str]:

@@ -11,16 +11,17 @@ from typing import Any
 
 from ..export.architecture import Decoder
 from .activations import activation_jobs, compute_activations
-from .children import Speed, jobs_of, measure_speed, module_of, modules_of, realize
+from .children import Speed, jobs_of, module_of, modules_of, realize, speeds, times_here
 from .choose import Chooser, Chosen
 from .costs import CostMeter, CostTable, cost_job, distinct_blocks, read_table
+from .engine_costs import EngineMeter, require_engine
 from .errors import OtherSearchError, StoreError, TeacherError
 from .estimate import Estimate, estimate
 from .jobs import Job, Progress, Result, Store, run_jobs
 from .library import LibraryMaker, library_job, replacements
 from .programme import Key, Programme
 from .ranks import Ranks, joined, only_search
-from .recipe import Recipe
+from .recipe import TORCH, Recipe
 from .scores import Scorer, as_result, score_job
 from .space import SearchSpace, make_space, name_of
 from .speed import Times
@@ -74,6 +75,7 @@ class Search:
         self._activations = activation_jobs(self.teacher)
         self._blocks = list(replacements(self.space))
         self._kinds = distinct_blocks(self.space)
+        self.engine = EngineMeter(self.teacher.source, recipe) if recipe.costs.engine != TORCH else None
         self.windows = (len(self.teacher.score), len(self.teacher.test))  # too little text is said now, not later
 
     def library_jobs(self) -> list[Job]:
@@ -143,12 +145,19 @@ class Search:
         }
 
     def run_costs(self) -> CostTable:
-        meter = CostMeter(self.teacher.source.decoder, self.recipe, self.teacher.device)
+        meter = self.engine or CostMeter(self.teacher.source.decoder, self.recipe, self.teacher.device)
         jobs = self.cost_jobs()
         known = {job.id: block for job, block in zip(jobs, self._kinds, strict=True)}
         self.stage("costs", jobs, lambda job: meter.compute(known[job.id]), alone=True)
         facts = [self.facts(job, lambda job: meter.compute(known[job.id])) for job in jobs]
         return read_table(self.teacher.source.decoder, list(zip(self._kinds, facts, strict=True)))
+
+    def times(self, child: Decoder, path: Path) -> dict[str, list[list[Times]]]:
+        """By workload, those of the teacher and of a child that is written at `path`, where costs are measured."""
+        if self.engine is None:
+            return times_here(self.teacher, child, self.store)
+        models = [self.engine.exported(self.teacher.source.path, "teacher"), self.engine.exported(path, "child")]
+        return {workload.name: self.engine.by_turns(models, workload) for workload in self.recipe.costs.workloads}
 
     def facts(self, job: Job, compute: Callable[[Job], Result]) -> dict[str, Any]:
         """Of a job that is done; a damaged result is made anew."""
@@ -182,6 +191,8 @@ def run_search(recipe: Recipe, progress: Progress) -> Found | None:
     Raises:
         SearchError, ExportError, DistillError: see `errors`; BudgetError if no child meets the budget.
     """
+    if recipe.costs.engine != TORCH:
+        require_engine(recipe.costs.engine)
     with joined() as ranks, only_search(Path(recipe.out)) if ranks.is_first else contextlib.nullcontext():
         search = Search(recipe, progress, ranks)
         if ranks.is_first:
@@ -189,7 +200,11 @@ def run_search(recipe: Recipe, progress: Progress) -> Found | None:
             _keep(recipe)
             search.store.sweep()
         ranks.wait()
-        found = _run(search)
+        try:
+            found = _run(search)
+        finally:
+            if search.engine is not None and ranks.is_first:
+                search.engine.close()
     if found is not None and recipe.distill.tokens:
         # The other ranks have gone, and their process group with them.
         with only_search(Path(recipe.out)):
@@ -241,13 +256,13 @@ def _write_children(search: Search, found: Found) -> None:
         predicted = {workload.name: found.table.child(decoder, workload) for workload in recipe.costs.workloads}
         own = programme.teacher
         base: dict[str, Times] = {w.name: found.table.child(own, w) for w in recipe.costs.workloads}
-        search.progress(f"child {number}: measuring its speed beside the teacher's")
-        speed = measure_speed(search.teacher, decoder, search.store, predicted, base)
         told = test.quality(modules_of(search.teacher, decoder, search.store)).to_json()
         path = search.out / "children" / str(number)
         record = {"recipe": recipe.to_json(), "measured": solution.measured, "test": told}
         realize(search.teacher, decoder, search.store, path, record=record, overwrite=True)
         search.progress(f"child {number}: written to {path}")
+        search.progress(f"child {number}: measuring its speed beside the teacher's")
+        speed = speeds(search.times(decoder, path), predicted, base)
         child = Child(
             path=path,
             decoder=decoder,
