@@ -135,11 +135,13 @@ def run_engine(
     new_tokens: int = NEW_TOKENS,
     threads: int | None = None,
     adapters: Sequence[Path | None] = (),
+    together: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the engine's driver answers for these models (see `drivers`).
+    """What the engine's driver answers for these models (see `drivers`), in their order.
 
     adapters: one that is loaded beside each model, or None. Empty: none at all.
+    together: the models are one, loaded once with all adapters beside it; there is an answer for each adapter.
     settings: of the engine, as its driver names them (see `bench`). None: those that compute in float32.
 
     Raises:
@@ -157,6 +159,7 @@ def run_engine(
         "threads": threads or default_threads(),
         "trust": [str(path.absolute()) for path in trust],
         "adapters": [path and str(path.absolute()) for path in adapters] or [None] * len(models),
+        "together": together,
         "settings": dict(settings or {}),
     }
     with tempfile.TemporaryDirectory(prefix="refound-proof-") as folder:

@@ -13,11 +13,10 @@ from typing import Any
 import xllamacpp  # type: ignore[import-not-found]
 
 
-def load(path: str, adapter: str | None, request: dict[str, Any]) -> Any:
+def load(path: str, adapters: list[str], request: dict[str, Any]) -> Any:
     settings = xllamacpp.CommonParams()
     settings.model.path = path
-    if adapter:
-        settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+    settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0) for adapter in adapters]
     settings.n_ctx = len(request["prompts"][0]) + request["new_tokens"] + 8
     settings.n_parallel = 1
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = request["threads"]
@@ -34,7 +33,8 @@ def load(path: str, adapter: str | None, request: dict[str, Any]) -> Any:
         raise RuntimeError(f"llama.cpp does not load {path}: {error}") from error
 
 
-def ask(server: Any, prompt: list[int], count: int) -> dict[str, Any]:
+def ask(server: Any, prompt: list[int], count: int, scales: list[float]) -> dict[str, Any]:
+    """scales: of the adapters, in the order in which they were loaded."""
     return server.handle_completions(
         {
             "prompt": prompt,
@@ -45,17 +45,20 @@ def ask(server: Any, prompt: list[int], count: int) -> dict[str, Any]:
             "return_tokens": True,
             "verbose": True,  # which is where the ids are
             "cache_prompt": True,
+            "lora": [{"id": index, "scale": scale} for index, scale in enumerate(scales)],
         }
     )
 
 
-def greedy(server: Any, prompt: list[int], count: int) -> tuple[list[int], list[float | None], dict[str, float]]:
+def greedy(
+    server: Any, prompt: list[int], count: int, scales: list[float]
+) -> tuple[list[int], list[float | None], dict[str, float]]:
     """`count` tokens, going on after each end of sequence: llama.cpp's own `ignore_eos` would forbid that token."""
     tokens: list[int] = []
     logprobs: list[float | None] = []
     spent = {"prompt_n": 0.0, "prompt_ms": 0.0, "predicted_n": 0.0, "predicted_ms": 0.0}
     while len(tokens) < count:
-        answer = ask(server, prompt + tokens, count - len(tokens))
+        answer = ask(server, prompt + tokens, count - len(tokens), scales)
         found = answer.get("__verbose", {}).get("tokens")
         if not found:
             raise RuntimeError(f"llama.cpp gave no token after {len(tokens)}: {answer}")
@@ -76,12 +79,16 @@ def aligned(tokens: list[int], told: list[dict[str, Any]]) -> list[float | None]
 
 def main() -> None:
     request = json.load(sys.stdin)
-    answers = []
-    for path, adapter in zip(request["models"], request["adapters"], strict=True):
+    answers, server, beside = [], None, []
+    for place, (path, adapter) in enumerate(zip(request["models"], request["adapters"], strict=True)):
         began = time.perf_counter()
-        server = load(path, adapter, request)
+        if server is None or not request["together"]:
+            del server  # first, or two are in memory
+            beside = [one for one in (request["adapters"] if request["together"] else [adapter]) if one]
+            server = load(path, beside, request)
         load_s = time.perf_counter() - began
-        runs = [greedy(server, prompt, request["new_tokens"]) for prompt in request["prompts"]]
+        scales = [float(not request["together"] or index == place) for index in range(len(beside))]
+        runs = [greedy(server, prompt, request["new_tokens"], scales) for prompt in request["prompts"]]
         spent = {key: sum(run[2][key] for run in runs) for key in runs[0][2]}
         answers.append(
             {
@@ -92,7 +99,6 @@ def main() -> None:
                 "decode_tok_s": 1000 * spent["predicted_n"] / max(spent["predicted_ms"], 1e-9),
             }
         )
-        del server
     Path(sys.argv[1]).write_text(json.dumps({"version": xllamacpp.__version__, "models": answers}))
 
 

@@ -58,19 +58,37 @@ def perplexity(model: Any, windows: list[list[int]]) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).item())
 
 
+def load(path: str, request: dict[str, Any]) -> Any:
+    dtype = getattr(torch, request["settings"].get("dtype", "float32"))
+    trust = path in request["trust"]
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust).eval()
+
+
+def choose(model: Any, adapter: str) -> None:
+    """Of several, the one that computes. `model.set_adapter` wants a newer PEFT than loading does."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(adapter)
+
+
 @torch.no_grad()
 def main() -> None:
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
     logging.set_verbosity_error()
-    answers, reference = [], None
-    for path, adapter in zip(request["models"], request["adapters"], strict=True):
+    answers, reference, model = [], None, None
+    for place, (path, adapter) in enumerate(zip(request["models"], request["adapters"], strict=True)):
         began = time.perf_counter()
-        trust = path in request["trust"]
-        dtype = getattr(torch, request["settings"].get("dtype", "float32"))
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust).eval()
-        if adapter:
-            model.load_adapter(adapter)
+        if model is None or not request["together"]:
+            model = None  # first, or two are in memory
+            model = load(path, request)
+            for index, one in enumerate(request["adapters"] if request["together"] else [adapter]):
+                if one:
+                    model.load_adapter(one, adapter_name=f"adapter_{index}")
+        if request["together"]:
+            choose(model, f"adapter_{place}")
         load_s = time.perf_counter() - began
         answer, logits = run(model, request)
         if reference is None:
@@ -80,7 +98,6 @@ def main() -> None:
             prompts = torch.tensor(request["prompts"])
             answer["logit_difference"] = (forced(model, prompts, torch.tensor(tokens)) - wanted).abs().max().item()
         answers.append({"load_s": load_s, **answer})
-        del model
     Path(sys.argv[1]).write_text(json.dumps({"version": version("transformers"), "models": answers}))
 
 

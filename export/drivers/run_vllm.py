@@ -29,7 +29,8 @@ def is_packed(path: str) -> bool:
     return "quantization_config" in json.loads(Path(path, "config.json").read_text())
 
 
-def run(path: str, adapter: str | None, request: dict[str, Any]) -> dict[str, Any]:
+def run(path: str, adapters: list[str], request: dict[str, Any]) -> list[dict[str, Any]]:
+    """An answer for each adapter, all of which are asked for in one batch; or for the model alone, if there is none."""
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
     from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
 
@@ -42,14 +43,16 @@ def run(path: str, adapter: str | None, request: dict[str, Any]) -> dict[str, An
         skip_tokenizer_init=True,
         trust_remote_code=path in request["trust"],
         max_num_batched_tokens=1024,
-        max_num_seqs=len(request["prompts"]),
+        max_num_seqs=len(request["prompts"]) * max(len(adapters), 1),
         # A slot more than adapters: its CPU build gives requests without one the last slot's.
-        **({"enable_lora": True, "max_loras": 2, "max_lora_rank": 512} if adapter else {}),
+        **({"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": 512} if adapters else {}),
         speculative_config=request["settings"].get("speculation"),
     )
-    lora = LoRARequest("adapter", 1, adapter) if adapter else None
+    loras = [LoRARequest(f"adapter_{place}", place, adapter) for place, adapter in enumerate(adapters, start=1)]
     load_s = time.perf_counter() - began
-    prompts: Any = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+    once: Any = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
+    prompts = once * max(len(loras), 1)
+    lora = [lora for lora in loras for _ in once] or None
     began = time.perf_counter()
     engine.generate(
         prompts,
@@ -64,16 +67,24 @@ def run(path: str, adapter: str | None, request: dict[str, Any]) -> dict[str, An
     began = time.perf_counter()
     outs = [out.outputs[0] for out in engine.generate(prompts, asked, use_tqdm=False, lora_request=lora)]
     decode_s = time.perf_counter() - began
-    counted = sum(len(prompt) for prompt in request["prompts"])
-    return {
+    counted = sum(len(prompt["prompt_token_ids"]) for prompt in prompts)
+    rates = {
         "load_s": load_s,
-        "tokens": [list(out.token_ids) for out in outs],
-        "logprobs": [
-            [chosen[token].logprob for token, chosen in zip(out.token_ids, out.logprobs, strict=True)] for out in outs
-        ],
         "prefill_tok_s": counted / prefill_s,
         "decode_tok_s": len(outs) * request["new_tokens"] / decode_s,
     }
+    groups = [outs[start : start + len(once)] for start in range(0, len(outs), len(once))]
+    return [
+        {
+            **rates,
+            "tokens": [list(out.token_ids) for out in group],
+            "logprobs": [
+                [chosen[token].logprob for token, chosen in zip(out.token_ids, out.logprobs, strict=True)]
+                for out in group
+            ],
+        }
+        for group in groups
+    ]
 
 
 def use_plugins(trusted: list[str]) -> None:
@@ -91,9 +102,12 @@ def main() -> None:
     import vllm  # type: ignore[import-not-found]
 
     answers = []
-    for path, adapter in zip(request["models"], request["adapters"], strict=True):
-        answers.append(run(path, adapter, request))
-        gc.collect()
+    if request["together"]:
+        answers += run(request["models"][0], request["adapters"], request)
+    else:
+        for path, adapter in zip(request["models"], request["adapters"], strict=True):
+            answers += run(path, [adapter] if adapter else [], request)
+            gc.collect()
     Path(sys.argv[1]).write_text(json.dumps({"version": vllm.__version__, "models": answers}))
 
 

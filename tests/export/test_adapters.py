@@ -16,6 +16,7 @@ from refound.cli import main
 from refound.export import install
 from refound.export.directory import open_directory
 from refound.export.environments import engine_python
+from refound.export.proof import TOLERANCES, compare, make_prompts, run_engine
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,9 @@ from .models import decoder, write_model
 # PEFT asks transformers by a name that is to go
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+needs_vllm = pytest.mark.skipif(
+    engine_python("vllm") is None, reason="vLLM is not installed: make engines ENGINES=vllm"
+)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
 
 
@@ -83,6 +87,38 @@ def test_beside_its_base_in_every_engine(base: Path, adapter: Path, tmp_path: Pa
     )
     record = json.loads((tmp_path / "out" / "peft" / "refound.json").read_text())
     assert record["base"]["sha256"] == open_directory(base).fingerprint()
+
+
+SERVED = ["transformers", "llama.cpp", pytest.param("vllm", marks=needs_vllm)]
+
+
+@pytest.mark.parametrize("engine", SERVED)
+def test_two_beside_one_base_that_is_loaded_once(engine: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Each request says which it means; vLLM gets all in one batch. Each answers as its own merged model."""
+    if engine == "llama.cpp":
+        install.install("llama.cpp")
+    adapters = [adapter, make_adapter(base, tmp_path / "second", r=8, target_modules=["q_proj", "up_proj"])]
+    loaded, merged = [], []
+    for place, one in enumerate(adapters):
+        for words, found, part in ((["--to", engine], loaded, ""), (["--to", "transformers", "--merge"], merged, "m")):
+            out = tmp_path / f"out{place}{part}"
+            done = refound(one, "--like", base, *words, "--no-verify", "--out", out)
+            assert done.exit_code == 0, done.output
+            found.append(out)
+    beside = [next(out.rglob("*.gguf"), out / "peft") for out in loaded]
+    model = base
+    if engine == "llama.cpp":
+        assert refound(base, "--to", engine, "--no-verify", "--out", tmp_path / "base").exit_code == 0
+        (model,) = (tmp_path / "base").rglob("*.gguf")
+    prompts = make_prompts(open_directory(base))
+    wanted = run_engine("transformers", [out / "huggingface" for out in merged], prompts)["models"]
+    assert wanted[0]["tokens"] != wanted[1]["tokens"]
+    answer = run_engine(engine, [model] * 2, prompts, adapters=beside, together=True)
+    found = [
+        compare(engine, answer["version"], one, other, TOLERANCES["f32"])
+        for one, other in zip(wanted, answer["models"], strict=True)
+    ]
+    assert [figures.equal_prompts >= 7 and figures.holds for figures in found] == [True, True], found
 
 
 def test_an_adapter_of_ours_knows_its_base(base: Path, adapter: Path, tmp_path: Path) -> None:
