@@ -202,8 +202,12 @@ class Target:
         (snapshot,) = [s for s in self.ask("verify")["snapshots"] if s["committed"]]
         if snapshot["view"]["damaged_data"] or snapshot["buckets"] != len(self.data) // BUCKET_BYTES:
             raise FuzzError(f"the committed snapshot is damaged: {snapshot}")
-        if self.descriptors and self.open_descriptors() > self.descriptors:
-            raise FuzzError(f"{self.open_descriptors()} descriptors are open where {self.descriptors} were")
+        # It may still be about to close the last connections, whose other ends have seen their end already.
+        deadline = time.monotonic() + _PATIENCE_S
+        while self.descriptors and (count := self.open_descriptors()) > self.descriptors:
+            if time.monotonic() > deadline:
+                raise FuzzError(f"{count} descriptors are open where {self.descriptors} were")
+            time.sleep(0.01)
 
 
 # --- how it is sent --------------------------------------------------------------------------------------------
