@@ -20,6 +20,8 @@ from .attention_init import captured, head_scores, pooled, pruned
 from .blocks import PARTS, Module, Part, fill, make
 from .ffn_init import narrowed, narrowing_error, removal_order
 from .jobs import Job, Result, Store
+from .nested import train_nested
+from .recipe import Recipe
 from .ridge import Grams
 from .space import Block, LayerSpace, SearchSpace, name_of
 from .teacher import Teacher, text_digest
@@ -50,10 +52,19 @@ def library_job(teacher: Teacher, layer: int, part: Part, block: Block) -> Job:
             "layer": layer,
             "part": part,
             "block": name_of(block),
-            "settings": asdict(teacher.recipe.library),
+            "settings": _settings(teacher.recipe, part, block),
             "seed": teacher.recipe.seed,
         },
     )
+
+
+def _settings(recipe: Recipe, part: Part, block: Block) -> dict[str, Any]:
+    """What of the recipe decides the weights. Nested FFNs depend on all widths, which the space decides."""
+    settings = asdict(recipe.library)
+    if not settings.pop("nested") or part == "attention" or block.kind != "dense":
+        return settings
+    space = recipe.space
+    return settings | {"nested": [*space.ffn_percent, space.multiple, *space.engines]}
 
 
 class LibraryMaker:
@@ -64,6 +75,7 @@ class LibraryMaker:
         self._data: LayerData | None = None
         self._kept: dict[int, torch.Tensor] = {}
         self._grams: dict[str, torch.Tensor] = {}
+        self._nested: dict[int, dict[str, torch.Tensor]] = {}
 
     def compute(self, layer: int, part: Part, block: Block) -> Result:
         """The variant's weights by their names within a layer, in the teacher's type; its losses as facts."""
@@ -77,7 +89,10 @@ class LibraryMaker:
         loss = start
         if self._teacher.recipe.library.steps and start > 0:
             before = {name: tensor.clone() for name, tensor in module.weights().items()}
-            self._train(data, part, module)
+            if self._teacher.recipe.library.nested and isinstance(block, FFN) and block.kind == "dense":
+                fill(module, self._nested_weights(data)[block.width])
+            else:
+                self._train(data, part, module)
             loss = self._loss(data, part, module)
             if not loss < start:
                 module, loss = fill(module, before), start
@@ -91,7 +106,7 @@ class LibraryMaker:
         if self._data is None or self._data.index != index:
             self._data = None  # before the next is read: two layers' activations need not be held
             self._data = LayerData(self._teacher, self._store, self._activations, index)
-            self._kept, self._grams = {}, {}
+            self._kept, self._grams, self._nested = {}, {}, {}
         return self._data
 
     def _start(self, data: LayerData, block: Block) -> dict[str, torch.Tensor]:
@@ -112,6 +127,15 @@ class LibraryMaker:
         kept = self._kept[block.width]
         candidates = [narrowed(weights, self._grams["fit"], kept, ridge) for ridge in ridges]
         return min(candidates, key=lambda found: narrowing_error(weights, found, self._grams["held"], kept))
+
+    def _nested_weights(self, data: LayerData) -> dict[int, dict[str, torch.Tensor]]:
+        """Of all widths of the layer, trained at the first that is asked for."""
+        if not self._nested:
+            recipe = self._teacher.recipe
+            weights = {name: tensor.float() for name, tensor in self._teacher.layer_weights[data.index].items()}
+            seed = recipe.seed + data.index
+            self._nested = train_nested(data, weights, self._grams["fit"], self._kept, recipe.library, seed)
+        return self._nested
 
     def _linear(self, data: LayerData, block: Block, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs, targets = data.of("attention" if isinstance(block, Attention) else "ffn")

@@ -59,6 +59,8 @@ class Library:
     batch: int = 8
     """Windows a step."""
     lr: float = 3e-4
+    nested: bool = False
+    """FFN widths of a layer share one sorted set of channels, trained in one run of `steps` for all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
