@@ -100,6 +100,7 @@ def main() -> None:
     os.environ.update(settings(request["threads"]))
     use_plugins(request["trust"])
     import vllm  # type: ignore[import-not-found]
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # type: ignore[import-not-found]
 
     answers = []
     if request["together"]:
@@ -108,6 +109,8 @@ def main() -> None:
         for path, adapter in zip(request["models"], request["adapters"], strict=True):
             answers += run(path, [adapter] if adapter else [], request)
             gc.collect()
+            # What was set up for a dense model has no group of experts, and would stay for the next one.
+            cleanup_dist_env_and_memory()
     Path(sys.argv[1]).write_text(json.dumps({"version": vllm.__version__, "models": answers}))
 
 
