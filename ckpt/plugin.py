@@ -50,6 +50,7 @@ from .conf import parse
 from .ending import RoundStore
 from .errors import ConfigError, SnapshotError
 from .first_spares import first_spares
+from .looks import look_often
 from .membership import Member, Place, exchange_members, lacking
 from .moving import BoundedStore, MovingStore
 from .smp import log_path
@@ -102,6 +103,7 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
             raise RendezvousConnectionError(f"the rendezvous store at {params.endpoint} went away") from error
         backend = c10d_rendezvous_backend.C10dRendezvousBackend(store, params.run_id)
     handler = dynamic_rendezvous.create_handler(store, backend, inner)
+    look_often(dynamic_rendezvous, params.max_nodes)
     moving = store if isinstance(store, MovingStore) else None
     return RefoundRendezvous(handler, attachment, address, moving, first)
 
