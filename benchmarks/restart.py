@@ -8,7 +8,8 @@ turn runs the job, loses a worker, then a whole node (agent, worker and snapshot
 an empty one. Counted is the time from SIGKILL to the first step that rank 0 completes after it. The stock contender is
 c10d with `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`, since its default often cannot restart at all (pytorch #167288), and
 torchrun's own time-outs; its script protects nothing and starts again at step 0. "warm" is refound with
-`warm_spares=1`; faults wait until the spares of all nodes stand by, and a replaced node has none of its own yet.
+`warm_spares=1`; faults wait until the spares of all nodes stand by. A replaced node has only what its first worker
+begins from.
 """
 
 import argparse

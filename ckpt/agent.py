@@ -4,6 +4,7 @@
 import errno
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ from torch.distributed.elastic.metrics.api import MetricHandler, configure, getS
 from .attach import Attachment
 from .errors import ConfigError, SnapshotError
 from .hang import HANG_ENV
-from .spares import Spares, told_modules
+from .spares import Spare, Spares, told_modules
 
 SOCKET_ENV, GENERATION_ENV, JOB_ENV = "REFOUND_SOCKET", "REFOUND_GENERATION", "REFOUND_JOB"
 NO_SHARED_STORE_ENV = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
-def with_spares(attachment: Attachment) -> Spares | None:
-    """Have this agent start its workers from warm spares, if it is to."""
+def with_spares(attachment: Attachment, first: Mapping[str, Spare] | None = None) -> Spares | None:
+    """Have this agent start its workers from warm spares, if it is to. first: as `Spares` takes them."""
     if not attachment.warm_spares:
         return None
-    spares = Spares(attachment.warm_spares, lambda: told_modules(attachment.path))
+    spares = Spares(attachment.warm_spares, lambda: told_modules(attachment.path), first)
     spares.install()
     return spares
 

@@ -13,7 +13,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -49,9 +49,12 @@ from .attach import Attachment, attach, exchange_views
 from .conf import parse
 from .ending import RoundStore
 from .errors import ConfigError, SnapshotError
+from .first_spares import first_spares
+from .looks import look_often
 from .membership import Member, Place, exchange_members, lacking
 from .moving import BoundedStore, MovingStore
 from .smp import log_path
+from .spares import Spare
 from .stripes import choose_groups
 from .watch import Watch
 
@@ -81,6 +84,7 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
             choose_groups(nodes, conf.k, conf.m)  # better now than when a node is lost
         check_checkpoint_dir(conf.checkpoint_dir)
         address = params.local_addr or _address_towards(params.endpoint)
+        first = first_spares() if conf.warm_spares else {}
         attachment = attach(params.run_id, address, conf)
     inner = RendezvousParameters(
         "c10d",
@@ -99,14 +103,21 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
             raise RendezvousConnectionError(f"the rendezvous store at {params.endpoint} went away") from error
         backend = c10d_rendezvous_backend.C10dRendezvousBackend(store, params.run_id)
     handler = dynamic_rendezvous.create_handler(store, backend, inner)
-    return RefoundRendezvous(handler, attachment, address, store if isinstance(store, MovingStore) else None)
+    look_often(dynamic_rendezvous, params.max_nodes)
+    moving = store if isinstance(store, MovingStore) else None
+    return RefoundRendezvous(handler, attachment, address, moving, first)
 
 
 class RefoundRendezvous(RendezvousHandler):
     """torch's c10d rendezvous, with snapshots agreed upon in every round."""
 
     def __init__(
-        self, inner: "DynamicRendezvousHandler", attachment: Attachment, address: str, store: MovingStore | None
+        self,
+        inner: "DynamicRendezvousHandler",
+        attachment: Attachment,
+        address: str,
+        store: MovingStore | None,
+        first: Mapping[str, Spare] | None = None,
     ) -> None:
         self._inner, self._attachment, self._address, self._store = inner, attachment, address, store
         self._watch = Watch(attachment.path, attachment.heartbeat_s, attachment.lease_s)
@@ -118,7 +129,7 @@ class RefoundRendezvous(RendezvousHandler):
         self._polled_at: float | None = None
         self._is_away = False
         self._outcome = Outcome.watch()
-        self._spares = with_spares(attachment)
+        self._spares = with_spares(attachment, first)
         self._left = False
         self._is_excused = True
         """No worker of this agent's has failed: it has had none yet, or leaves them because of other nodes."""

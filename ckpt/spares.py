@@ -6,7 +6,7 @@ no plug-in point there: this replaces that method in the agent, when `warm_spare
 returns is a `Popen` of the agent's own child either way.
 
 Spares are made while the workers train, one at a time on a node, once a worker has said what it has imported by its
-third step. A worker for which none is ready starts cold.
+third step. A worker for which none is ready starts cold. The first start has those of `first_spares.py`.
 """
 
 import contextlib
@@ -103,9 +103,13 @@ class Spare:
 class Spares:
     """The spares of one node's workers."""
 
-    def __init__(self, count: int, modules: Callable[[], list[str]]) -> None:
-        """count: for each worker. modules: what the workers have imported; empty as long as nobody knows."""
+    def __init__(self, count: int, modules: Callable[[], list[str]], first: Mapping[str, Spare] | None = None) -> None:
+        """count: for each worker. modules: what the workers have imported; empty as long as nobody knows.
+
+        first: local rank → the one that the very first start of that worker takes, though it be importing still.
+        """
         self._count, self._modules = count, modules
+        self._first = dict(first or {})
         self._lock = threading.Lock()
         self._waiting: dict[str, list[Spare]] = {}
         self._wanted: dict[str, tuple[str, Environment]] = {}
@@ -123,6 +127,8 @@ class Spares:
         original = getattr(handler_class, "_popen", None)
         if original is None:
             self._say("this torch starts its workers in another way, so there are no warm spares")
+            for rank in list(self._first):
+                self._end_first(rank)
             return
 
         def popen(handler: Any, args: tuple[str, ...], env: dict[str, str]) -> "subprocess.Popen[Any]":
@@ -137,21 +143,41 @@ class Spares:
         self, args: Sequence[str], env: dict[str, str], streams: Mapping[str, int]
     ) -> "subprocess.Popen[Any] | None":
         """A process that runs `args`, a Python command, or None if a new one must be started."""
+        rank = env.get("LOCAL_RANK", "0")
         if why := unfit(args):
+            self._end_first(rank)
             self._say(f"workers are started cold, as {why}")
             return None
         env[WARM_ENV] = "1"
-        rank = env.get("LOCAL_RANK", "0")
+        warm = self._launch_first(rank, args, env, streams)
         with self._lock:
             self._wanted[rank] = (args[0], dict(env))
             self._started_at = time.monotonic()
-            ready = [spare for spare in self._waiting.get(rank, []) if spare.is_ready]
+            ready = [spare for spare in self._waiting.get(rank, []) if spare.is_ready and warm is None]
             for spare in ready:
                 self._waiting[rank].remove(spare)
                 if spare.fits(env) and spare.start(args[2:], env, streams):
                     return spare.process
                 spare.end()
+        return warm
+
+    def _launch_first(
+        self, rank: str, args: Sequence[str], env: Environment, streams: Mapping[str, int]
+    ) -> "subprocess.Popen[Any] | None":
+        """By the spare made as this agent came up. It is waited for: a new process would take longer still."""
+        if (first := self._first.get(rank)) is None:
+            return None
+        if first.process.poll() is None and not first.fits(env):
+            self._say("what was imported as this agent came up has seen another environment, and is not used")
+        elif first.await_ready(self._closed) and first.start(args[2:], env, streams):
+            del self._first[rank]
+            return first.process
+        self._end_first(rank)
         return None
+
+    def _end_first(self, rank: str) -> None:
+        if first := self._first.pop(rank, None):
+            first.end()
 
     def close(self) -> None:
         """End all that wait."""
@@ -162,6 +188,8 @@ class Spares:
             for spare in [spare for waiting in self._waiting.values() for spare in waiting]:
                 spare.end()
             self._waiting.clear()
+        for rank in list(self._first):
+            self._end_first(rank)
 
     def _refill(self) -> None:
         while not self._closed.wait(_LOOK_EVERY.total_seconds()) and self._failures < _MOST_FAILURES:

@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from refound.ckpt import preload, spares
-from refound.ckpt.spares import Spares, unfit
+from refound.ckpt.spares import Spare, Spares, unfit
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
-from .harness import Job, eventually
+from .harness import Job, eventually, send
 
 PROBE = """
 import json, multiprocessing, os, signal, sys, threading
@@ -206,6 +207,7 @@ def test_a_job_goes_on_from_its_spares_with_the_same_bits(tmp_path: Path) -> Non
         job.start()
         step = 3
         job.train_to(step)
+        assert all("spare_process" in job.processes()[pid] for pid in job.worker_pids()), "the first ones too"
         for count in (1, 2):
             job.wait(lambda n=count: job.log(0).count("stand by") >= n, "spares are ready")
             generation = job.strike(job.worker_pids()[:1])
@@ -215,3 +217,57 @@ def test_a_job_goes_on_from_its_spares_with_the_same_bits(tmp_path: Path) -> Non
             step += 3
             job.train_to(step)
         job.finish()
+
+
+def first_spare(folder: Path, code: str, more: dict[str, str] | None = None) -> Spare:
+    """As `first_spares.py` makes them, for a worker started by `Worker`; it imports a module of this code."""
+    (folder / "imported_first.py").write_text(code)
+    environment = {**os.environ, "LOCAL_RANK": "0", "PYTHONPATH": str(folder), **(more or {})}
+    return Spare(sys.executable, environment, ["imported_first"])
+
+
+def test_the_first_start_waits_for_what_is_still_imported(
+    pool: Spares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    go = tmp_path / "go"
+    waits = f"import os, time\nwhile not os.path.exists({str(go)!r}):\n    time.sleep(0.01)"
+    first = pool._first["0"] = first_spare(tmp_path, waits)
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('imported_first' in sys.modules)")
+    with ThreadPoolExecutor(1) as thread:
+        started = thread.submit(Worker, tmp_path, str(script))
+        assert not first.is_ready
+        go.touch()
+        worker = started.result(60)
+    assert worker.process is first.process
+    assert worker.end() == (0, "True\n", "")
+    assert not pool._first
+
+
+@pytest.mark.parametrize("how", ["dies", "has seen another environment"])
+def test_a_first_spare_that_does_not_fit_or_has_died_is_no_matter(
+    pool: Spares, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    dies = how == "dies"
+    code = "import os; os._exit(3)" if dies else ""
+    first = pool._first["0"] = first_spare(tmp_path, code, {} if dies else {"NCCL_DEBUG": "INFO"})
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('imported_first' in sys.modules)")
+    worker = Worker(tmp_path, str(script))
+    assert worker.end() == (0, "False\n", "")
+    assert worker.process is not first.process
+    assert first.process.poll() is not None, "it has been ended"
+
+
+def test_an_agent_that_is_killed_as_it_waits_for_others_takes_its_first_spares_along(tmp_path: Path) -> None:
+    with Job(tmp_path, nodes=2, workers=2, conf="warm_spares=1") as job:
+        job.start_node(0)
+
+        def spares_pids() -> list[int]:
+            return [pid for pid, command in job.processes().items() if "spare_process" in command]
+
+        eventually(lambda: len(spares_pids()) == 2, "both are started")
+        send([job.agent(0).pid])
+        eventually(lambda: not spares_pids(), "they have gone")
