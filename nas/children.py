@@ -12,11 +12,11 @@ from ..distill.models import build
 from ..distill.quality import Quality
 from ..distill.save import save_model
 from ..export.architecture import Decoder
-from .blocks import PARTS, Module, Part, fill, make
+from .blocks import PARTS, Module, Part, fill, make, shapes
+from .formats import Block, as_served, rounding_in, roundings_of, source_decoder, source_of
 from .jobs import Job, Store
-from .library import library_job
+from .library import library_job, variant_job
 from .recipe import Workload
-from .space import Block
 from .speed import Times, by_turns, measure_once, median, threads
 from .teacher import Teacher
 
@@ -54,23 +54,38 @@ def modules_of(teacher: Teacher, child: Decoder, store: Store) -> dict[int, list
 
 
 def module_of(teacher: Teacher, layer: int, part: Part, block: Block, store: Store) -> Module:
-    tensors, _ = store.read(library_job(teacher, layer, part, block))
-    widened = {name: tensor.float() for name, tensor in tensors.items()}
+    tensors, rounding = tensors_of(teacher, layer, part, block, store), rounding_in(block)
+    if rounding is None:
+        widened = {name: tensor.float() for name, tensor in tensors.items()}
+    else:
+        widened = as_served(tensors, rounding)
     return fill(make(teacher.source.decoder, block), widened).moved(teacher.device)
+
+
+def tensors_of(teacher: Teacher, layer: int, part: Part, block: Block, store: Store) -> dict[str, torch.Tensor]:
+    """The weights of a subblock by their names within a layer, in the teacher's type, before any rounding."""
+    source = source_of(block)
+    if source == getattr(teacher.source.decoder.layers[layer], part):
+        own = teacher.layer_weights[layer]
+        return {name: own[name] for name in shapes(teacher.source.decoder, source)}
+    return store.read(library_job(teacher, layer, part, source))[0]
 
 
 def jobs_of(teacher: Teacher, child: Decoder) -> list[tuple[int, Job]]:
     return [
-        (layer, library_job(teacher, layer, part, block))
+        (layer, variant_job(teacher, layer, part, block))
         for layer, part, block in replaced(teacher.source.decoder, child)
     ]
 
 
 def weights_of(teacher: Teacher, child: Decoder, store: Store) -> dict[str, torch.Tensor]:
-    """All weights of the child, in the type the teacher is stored in; the teacher's own are untouched."""
+    """All weights of the child, in the type the teacher is stored in; the teacher's own are untouched.
+
+    None is rounded yet: `formats.roundings_of` says which are to be.
+    """
     changed: dict[str, torch.Tensor] = {}
     for layer, part, block in replaced(teacher.source.decoder, child):
-        tensors, _ = store.read(library_job(teacher, layer, part, block))
+        tensors = tensors_of(teacher, layer, part, block, store)
         changed |= {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
     kept = [name for name in child.tensors() if name not in changed]
     return changed | dict(teacher.source.weights(kept))
@@ -81,26 +96,33 @@ def realize(
 ) -> None:
     """Write the child as a Hugging Face directory that `refound export` takes.
 
+    Rounded weights are packed as compressed-tensors: such a directory is what engines load, and not exported again.
+
     Raises:
+        ExportError: the package compressed-tensors is missing, and weights are rounded.
         OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`.
     """
     lineage = {"teacher": {"path": str(teacher.source.path.absolute()), "sha256": teacher.fingerprint}}
     save_model(
         directory,
-        child,
+        source_decoder(child),
         weights_of(teacher, child, store),
         companions_of=teacher.source,
         record=lineage | dict(record),
         overwrite=overwrite,
+        roundings=roundings_of(child),
     )
 
 
 def measure_speed(
     teacher: Teacher, child: Decoder, store: Store, predicted: Mapping[str, Times], base: Mapping[str, Times]
 ) -> dict[str, Speed]:
-    """By workload. predicted, base: of the child and of the teacher, by the cost table."""
+    """By workload. predicted, base: of the child and of the teacher, by the cost table.
+
+    Weights are computed with in float32, as transformers does after it has unpacked those that are rounded.
+    """
     widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
-    model: Any = build(child, widened, dtype=torch.float32)
+    model: Any = build(source_decoder(child), widened, dtype=torch.float32)
     model.to(teacher.device)
     costs = teacher.recipe.costs
     found = {}

@@ -2,6 +2,7 @@
 """The recipe of a search: frozen dataclasses out of TOML, every mistake told at once. Imports nothing heavy."""
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class Space:
     ffn_none: bool = True
     multiple: int = 32
     """Widths are rounded to multiples of it. SGLang and TensorRT-LLM want 256."""
+    formats: tuple[str, ...] = ("source",)
+    """In which weights may be stored, each subblock in one: source, int8, int4. Only a memory budget counts them."""
     engines: tuple[str, ...] = ("transformers",)
     """Every child can be exported to each of these; what one of them refuses is not searched."""
 
@@ -165,6 +168,7 @@ def check(recipe: Recipe) -> list[str]:
     problems += [
         f"space.ffn_percent holds {x}; each lies between 0 and 100" for x in recipe.space.ffn_percent if not 0 < x < 100
     ]
+    problems += _format_problems(recipe)
     names = [workload.name for workload in recipe.costs.workloads]
     if len(set(names)) < len(names) or not names:
         problems.append("costs.workloads needs at least one, each with a name of its own")
@@ -185,6 +189,32 @@ def check(recipe: Recipe) -> list[str]:
     from .budget import budget_problems
 
     return problems + budget_problems(recipe.budget, names) + recipe.distill.problems("distill")
+
+
+def _format_problems(recipe: Recipe) -> list[str]:
+    found = []
+    for name in recipe.space.formats:
+        if name not in _FORMATS:
+            near = difflib.get_close_matches(name, _FORMATS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            found.append(f"space.formats holds {name!r}, none of {', '.join(_FORMATS)}{hint}")
+    if "source" not in recipe.space.formats:
+        found.append("space.formats lacks 'source', which the teacher and the library are stored in")
+    if set(recipe.space.formats) & {"int8", "int4"}:
+        if not any(name.partition(".")[0] == "memory" for name in recipe.budget):
+            found.append(
+                "space.formats holds more than 'source', but no budget counts bytes, so nothing would be gained by it: "
+                'add memory, as memory = "50%"'
+            )
+        if recipe.distill.tokens:
+            found.append(
+                "space.formats holds more than 'source', and distill.tokens is not 0: weights that are rounded are not "
+                "trained here. Set distill.tokens=0"
+            )
+    return found
+
+
+_FORMATS = ("source", "int8", "int4")
 
 
 def _budget_beside(raw: Mapping[str, Any]) -> list[str]:

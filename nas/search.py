@@ -16,8 +16,9 @@ from .choose import Chooser, Chosen
 from .costs import CostMeter, CostTable, cost_job, distinct_blocks, read_table
 from .errors import OtherSearchError, StoreError, TeacherError
 from .estimate import Estimate, estimate
+from .formats import source_of
 from .jobs import Job, Progress, Result, Store, run_jobs
-from .library import LibraryMaker, library_job, replacements
+from .library import LibraryMaker, library_job, replacements, trained, variant_job
 from .programme import Key, Programme
 from .ranks import Ranks, joined, only_search
 from .recipe import Recipe
@@ -72,17 +73,18 @@ class Search:
         self.space = make_space(self.teacher.source.decoder, recipe.space)
         self.seconds: dict[str, float] = {}
         self._activations = activation_jobs(self.teacher)
-        self._blocks = list(replacements(self.space))
+        self._trained = list(trained(self.space))
+        self._scored = list(replacements(self.space))
         self._kinds = distinct_blocks(self.space)
         self.windows = (len(self.teacher.score), len(self.teacher.test))  # too little text is said now, not later
 
     def library_jobs(self) -> list[Job]:
-        return [library_job(self.teacher, layer, part, block) for layer, part, block in self._blocks]
+        return [library_job(self.teacher, layer, part, block) for layer, part, block in self._trained]
 
     def score_jobs(self) -> list[Job]:
         return [
-            score_job(self.teacher, "score", [(layer, job)])
-            for (layer, _, _), job in zip(self._blocks, self.library_jobs(), strict=True)
+            score_job(self.teacher, "score", [(layer, variant_job(self.teacher, layer, part, block))])
+            for layer, part, block in self._scored
         ]
 
     def cost_jobs(self) -> list[Job]:
@@ -104,10 +106,10 @@ class Search:
             self._prove(self._activations)
             self.stage("activations", self._activations, lambda job: compute_activations(self.teacher, job))
         maker = LibraryMaker(self.teacher, self.space, self.store, self._activations)
-        known = {job.id: blocks for job, blocks in zip(jobs, self._blocks, strict=True)}
+        known = {job.id: blocks for job, blocks in zip(jobs, self._trained, strict=True)}
         # by layers over the ranks, so that each reads a layer's activations once
-        order = sorted(range(len(jobs)), key=lambda index: (self._blocks[index][0] % self.ranks.world_size, index))
-        mine = [jobs[index] for index in order if self._blocks[index][0] % self.ranks.world_size == self.ranks.rank]
+        order = sorted(range(len(jobs)), key=lambda index: (self._trained[index][0] % self.ranks.world_size, index))
+        mine = [jobs[index] for index in order if self._trained[index][0] % self.ranks.world_size == self.ranks.rank]
         began = time.monotonic()
         run_jobs("library", mine, self.store, lambda job: maker.compute(*known[job.id]), self.progress)
         self.ranks.wait()
@@ -127,11 +129,14 @@ class Search:
         if not own.lm < float("inf"):
             raise TeacherError(f"the teacher's own loss on held-out text is {own.lm}; nothing can be compared with it")
         jobs = self.score_jobs()
-        known = {job.id: blocks for job, blocks in zip(jobs, self._blocks, strict=True)}
+        known = {job.id: blocks for job, blocks in zip(jobs, self._scored, strict=True)}
+        made = set(self._trained)
 
         def compute(job: Job) -> Result:
             layer, part, block = known[job.id]
-            _, facts = self.store.read(library_job(self.teacher, layer, part, block))
+            facts: dict[str, Any] = {}
+            if (layer, part, source_of(block)) in made:  # else it is the teacher's own, rounded
+                _, facts = self.store.read(library_job(self.teacher, layer, part, source_of(block)))
             if "infeasible" in facts:
                 return {}, facts
             return as_result(scorer.quality({layer: [module_of(self.teacher, layer, part, block, self.store)]}))
@@ -139,7 +144,7 @@ class Search:
         self.stage("scores", jobs, compute)
         return {
             (layer, part, name_of(block)): self.facts(job, compute)
-            for (layer, part, block), job in zip(self._blocks, jobs, strict=True)
+            for (layer, part, block), job in zip(self._scored, jobs, strict=True)
         }
 
     def run_costs(self) -> CostTable:
@@ -161,7 +166,7 @@ class Search:
     def library_facts(self) -> dict[Key, dict[str, Any]]:
         return {
             (layer, part, name_of(block)): self.store.facts(job)
-            for (layer, part, block), job in zip(self._blocks, self.library_jobs(), strict=True)
+            for (layer, part, block), job in zip(self._trained, self.library_jobs(), strict=True)
         }
 
     def quality(self, kind: str, child: Decoder, scorer: Scorer) -> dict[str, Any]:
