@@ -87,6 +87,11 @@ class Rounding:
         wide = {**parts, "weight_scale": parts["weight_scale"].float()}
         return compressor.decompress(wide, scheme)["weight"].float()
 
+    def as_read(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """What `name` is after it was packed and is unpacked again, in float32."""
+        base = name.removesuffix("weight")
+        return self.unpack({key.removeprefix(base): tensor for key, tensor in self.pack(name, weight).items()})
+
     def _library(self) -> Any:
         """Its packer, and this rounding as it calls it. Raises ExportError if it is missing."""
         try:

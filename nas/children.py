@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..distill.models import build
-from ..distill.quality import Quality
+from ..distill.models import build, open_blocks
+from ..distill.quality import Quality, measure
 from ..distill.save import save_model
 from ..export.architecture import Decoder
 from .blocks import PARTS, Module, Part, fill, make, shapes
@@ -112,6 +112,29 @@ def realize(
         overwrite=overwrite,
         roundings=roundings_of(child),
     )
+
+
+def round_trained(
+    teacher: Teacher, child: Decoder, trained: Path, directory: Path, *, record: Mapping[str, Any]
+) -> Quality:
+    """Write the child with the weights of `trained`, which has its shapes, in the child's own formats.
+
+    What was trained in numbers that are not rounded is rounded at the end, once: the quality is of what is written, on
+    the teacher's test windows.
+
+    Raises:
+        OutputSpaceError: see `export.atomic.fresh_directory`; what is in `directory` is replaced.
+        ExportError: the package compressed-tensors is missing.
+    """
+    source, decoder, roundings = open_blocks(trained), source_decoder(child), roundings_of(child)
+    weights = dict(source.weights(list(decoder.tensors())))
+    save_model(directory, decoder, weights, companions_of=source, record=record, overwrite=True, roundings=roundings)
+    read = {
+        name: roundings[name].as_read(name, weight) if name in roundings else weight.float()
+        for name, weight in weights.items()
+    }
+    model: Any = build(decoder, read, dtype=torch.float32)
+    return measure(model.to(teacher.device), teacher.model, teacher.test.to(teacher.device))
 
 
 def measure_speed(

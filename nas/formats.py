@@ -129,15 +129,10 @@ def as_served(weights: "Mapping[str, torch.Tensor]", rounding: Rounding) -> "dic
     Raises:
         ExportError: the package compressed-tensors is missing.
     """
-    return {name: _through(name, weight, rounding) for name, weight in weights.items()}
-
-
-def _through(name: str, weight: "torch.Tensor", rounding: Rounding) -> "torch.Tensor":
-    if not is_rounded(f"model.layers.0.{name}", tuple(weight.shape)):
-        return weight.float()
-    packed = rounding.pack(name, weight)
-    base = name.removesuffix("weight")
-    return rounding.unpack({key.removeprefix(base): tensor for key, tensor in packed.items()})
+    return {
+        name: rounding.as_read(name, weight) if _is_matrix(name, tuple(weight.shape)) else weight.float()
+        for name, weight in weights.items()
+    }
 
 
 def stored_bytes(shape: tuple[int, ...], name: str, rounding: Rounding | None, bits: int) -> float:
@@ -145,6 +140,8 @@ def stored_bytes(shape: tuple[int, ...], name: str, rounding: Rounding | None, b
     size = 1
     for length in shape:
         size *= length
-    if rounding and is_rounded(f"model.layers.0.{name}", shape):
-        return rounding.bytes_of(size)
-    return size * bits / 8
+    return rounding.bytes_of(size) if rounding and _is_matrix(name, shape) else size * bits / 8
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return is_rounded(f"model.layers.0.{name}", shape)

@@ -147,7 +147,11 @@ def _child(child: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     if child["distilled"]:
         told = child["distilled"]
         before, after = told["before"]["kl"], told["after"]["kl"]
-        distilled = f"<p>Distilled on {told['tokens']:,} tokens: KL {before:.4f} to {after:.4f}.</p>"
+        words = f"Distilled on {told['tokens']:,} tokens: KL {before:.4f} to {after:.4f}."
+        if rounded := told.get("rounded"):
+            kl = rounded["test"]["kl"]
+            words += f" Rounded after it, on test text: KL {kl:.4f}, in <code>{escape(rounded['path'])}</code>."
+        distilled = f"<p>{words}</p>"
     return (
         f"<h2>{escape(child['path'])}</h2><p>{text}</p>{_layers(child, teacher['layers'])}"
         f"{table(header, rows)}{distilled}<p>Serve it: <code>{escape(child['export'])}</code></p>"

@@ -200,17 +200,12 @@ def _format_problems(recipe: Recipe) -> list[str]:
             found.append(f"space.formats holds {name!r}, none of {', '.join(_FORMATS)}{hint}")
     if "source" not in recipe.space.formats:
         found.append("space.formats lacks 'source', which the teacher and the library are stored in")
-    if set(recipe.space.formats) & {"int8", "int4"}:
-        if not any(name.partition(".")[0] == "memory" for name in recipe.budget):
-            found.append(
-                "space.formats holds more than 'source', but no budget counts bytes, so nothing would be gained by it: "
-                'add memory, as memory = "50%"'
-            )
-        if recipe.distill.tokens:
-            found.append(
-                "space.formats holds more than 'source', and distill.tokens is not 0: weights that are rounded are not "
-                "trained here. Set distill.tokens=0"
-            )
+    counted = any(name.partition(".")[0] == "memory" for name in recipe.budget)
+    if set(recipe.space.formats) & {"int8", "int4"} and not counted:
+        found.append(
+            "space.formats holds more than 'source', but no budget counts bytes, so nothing would be gained by it: "
+            'add memory, as memory = "50%"'
+        )
     return found
 
 

@@ -169,5 +169,7 @@ def _child_lines(child: dict[str, Any]) -> list[str]:
             f"  distilled on {child['distilled']['tokens']:,} tokens: KL {before['kl']:.4f} to {after['kl']:.4f}"
         )
         lines.append(f"  {child['distilled']['path']}")
+        if rounded := child["distilled"].get("rounded"):
+            lines.append(f"  rounded after it, on test text: KL {rounded['test']['kl']:.4f}: {rounded['path']}")
     lines.append(f"  serve it: {child['export']}")
     return lines

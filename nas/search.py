@@ -11,12 +11,12 @@ from typing import Any
 
 from ..export.architecture import Decoder
 from .activations import activation_jobs, compute_activations
-from .children import Speed, jobs_of, measure_speed, module_of, modules_of, realize
+from .children import Speed, jobs_of, measure_speed, module_of, modules_of, realize, round_trained
 from .choose import Chooser, Chosen
 from .costs import CostMeter, CostTable, cost_job, distinct_blocks, read_table
 from .errors import OtherSearchError, StoreError, TeacherError
 from .estimate import Estimate, estimate
-from .formats import source_of
+from .formats import roundings_of, source_decoder, source_of
 from .jobs import Job, Progress, Result, Store, run_jobs
 from .library import LibraryMaker, library_job, replacements, trained, variant_job
 from .programme import Key, Programme
@@ -199,7 +199,7 @@ def run_search(recipe: Recipe, progress: Progress) -> Found | None:
         # The other ranks have gone, and their process group with them.
         with only_search(Path(recipe.out)):
             first = found.children[0]
-            found.children[0] = replace(first, distilled=_distil(search, first.path))
+            found.children[0] = replace(first, distilled=_distil(search, first))
     return found
 
 
@@ -264,24 +264,34 @@ def _write_children(search: Search, found: Found) -> None:
         found.children.append(child)
 
 
-def _distil(search: Search, child: Path) -> dict[str, Any]:
+def _distil(search: Search, child: Child) -> dict[str, Any]:
+    """What is stored in fewer bits is distilled before it is rounded, in a directory of its own, and then rounded."""
     from ..distill.config import DistillConfig
     from ..distill.loop import distill
 
-    recipe = search.recipe
+    recipe, path, is_rounded = search.recipe, child.path, bool(roundings_of(child.decoder))
+    if is_rounded:
+        path = path.with_name(f"{path.name}-source")
+        realize(search.teacher, source_decoder(child.decoder), search.store, path, record={}, overwrite=True)
     config = DistillConfig(
-        child=child,
+        child=path,
         teacher=search.teacher.source.path,
-        out=child.with_name(f"{child.name}-distilled"),
+        out=path.with_name(f"{path.name}-distilled"),
         sources=recipe.text.sources,
         training=recipe.distill,
         held_out=max(recipe.text.test // recipe.distill.length, 1),
         seed=recipe.seed,
         overwrite=True,
     )
-    search.progress(f"distilling {child}")
-    outcome = distill(config, search.progress, alone=True)
-    return {"path": str(config.out), **outcome.to_json()}
+    search.progress(f"distilling {path}")
+    told = {"path": str(config.out), **distill(config, search.progress, alone=True).to_json()}
+    if not is_rounded:
+        return told
+    out = child.path.with_name(f"{child.path.name}-distilled")
+    record = {"source": {"path": str(config.out.absolute())}}
+    quality = round_trained(search.teacher, child.decoder, config.out, out, record=record)
+    search.progress(f"rounded as it was chosen, on test text: {quality}")
+    return told | {"rounded": {"path": str(out), "test": quality.to_json()}}
 
 
 def plan_search(recipe: Recipe) -> Estimate:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from refound.adapters.errors import TuneUsageError
 from refound.adapters.quantized import rounding_in as rounding_of_directory
+from refound.distill.config import Training
 from refound.export.compressed import Rounding, is_rounded, mixed_config
 from refound.export.directory import open_directory
 from refound.export.errors import ModelDirectoryError
@@ -50,7 +51,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """One whole search over architecture and formats, within half of the teacher's bytes."""
-    done = run_search(recipe(model, tmp_path_factory.mktemp("search"), space=FEW, budget={"memory": "50%"}), quiet)
+    wanted = recipe(
+        model,
+        tmp_path_factory.mktemp("search"),
+        space=FEW,
+        budget={"memory": "50%"},
+        distill=Training(tokens=4096, length=32, batch=4, lr=3e-4),
+    )
+    done = run_search(wanted, quiet)
     assert done is not None
     return done
 
@@ -118,10 +126,10 @@ def test_mistakes_in_the_recipe_are_told_at_once(model: Path, tmp_path: Path) ->
     assert any("'int5'" in line and "did you mean 'int" in line for line in told)
     assert any("lacks 'source'" in line for line in told) and any("no budget counts bytes" in line for line in told)
     file = tmp_path / "recipe.toml"
-    file.write_text('space = { formats = ["source", "int8"] }\nbudget = { memory = "50%" }\ndistill = { tokens = 9 }\n')
-    with pytest.raises(RecipeError, match="weights that are rounded are not trained here"):
+    file.write_text('space = { formats = ["source", "int8"] }\n')
+    with pytest.raises(RecipeError, match="no budget counts bytes"):
         read_recipe(file)
-    assert read_recipe(file, ["distill.tokens=0"]).space.formats == ("source", "int8")
+    assert read_recipe(file, ["budget.memory=50%"]).space.formats == ("source", "int8")
 
 
 # --- what is scored is what is written ---------------------------------------------------------------------------
@@ -196,6 +204,29 @@ def test_one_solution_decides_architecture_and_bits(found: Found) -> None:
     assert measured.to_json() == pytest.approx(child.test)
     packed = load_file(child.path / "model.safetensors")
     assert sum(name.endswith(".weight_packed") for name in packed) == len(roundings_of(child.decoder))
+
+
+def test_distilling_comes_before_rounding(found: Found, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The trained weights are rounded as it was chosen; what is reported of them is what transformers answers."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+    child = found.children[0]
+    assert child.distilled is not None
+    told = child.distilled["rounded"]
+    assert told["test"]["kl"] < child.test["kl"]
+    trained, packed = (load_file(Path(path) / "model.safetensors") for path in (child.distilled["path"], told["path"]))
+    roundings = roundings_of(child.decoder)
+    for name, weight in trained.items():
+        if name in roundings:
+            made = roundings[name].pack(name, weight)
+            assert all(torch.equal(packed[key], tensor) for key, tensor in made.items())
+        else:
+            assert torch.equal(packed[name], weight)
+    theirs = AutoModelForCausalLM.from_pretrained(told["path"], dtype=torch.float32, trust_remote_code=True).eval()
+    with torch.no_grad():
+        wanted = found.teacher.model(input_ids=found.teacher.test).logits.log_softmax(-1)
+        answer = theirs(input_ids=found.teacher.test).logits.log_softmax(-1)
+    kl = torch.nn.functional.kl_div(answer, wanted, reduction="none", log_target=True).sum(-1).mean().item()
+    assert kl == pytest.approx(told["test"]["kl"], rel=1e-3)
 
 
 def test_time_is_that_of_the_source(found: Found) -> None:
