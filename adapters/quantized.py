@@ -65,6 +65,8 @@ def rounding_in(directory: Path) -> Rounding:
         same = {key: found.config()[key] for key in ("quant_method", "format", "ignore")}
         if any(told[key] != value for key, value in same.items()) or not weights["symmetric"]:
             raise ValueError
+        if len(told["config_groups"]) > 1:
+            raise ValueError  # matrices of several formats, as a search chooses them
     except (KeyError, TypeError, ValueError) as error:
         raise TuneUsageError(
             f"{directory} is not rounded as `refound export --quantize int8|int4` does it (compressed-tensors, "

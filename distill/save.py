@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..export.architecture import Decoder
 from ..export.atomic import fresh_directory, require_apart
+from ..export.compressed import Rounding, is_rounded, mixed_config
 from ..export.configs import uniform_obstacles, write_config, write_nemotron
 from ..export.directory import ModelDirectory
 from ..export.writers import copy_remote
@@ -31,18 +32,20 @@ def save_model(
     record: Mapping[str, Any],
     overwrite: bool = False,
     card: str = "",
+    roundings: Mapping[str, Rounding] | None = None,
 ) -> None:
     """Write the model, with the tokenizer of `companions_of`; `record` goes into refound.json with the files' hashes.
 
-    card: README.md, if there is to be one.
+    card: README.md, if there is to be one. roundings: of weights that are packed as compressed-tensors, by name.
 
     Raises:
+        ExportError: the package compressed-tensors is missing, and `roundings` are asked for.
         OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`; the former too if `directory` is, or
             holds, what the companions are of.
     """
     require_apart(directory, [companions_of.path])
     with fresh_directory(directory, overwrite=overwrite) as folder:
-        fill_model(folder, decoder, weights, companions_of=companions_of, record=record, card=card)
+        fill_model(folder, decoder, weights, companions_of=companions_of, record=record, card=card, roundings=roundings)
 
 
 def fill_model(
@@ -53,6 +56,7 @@ def fill_model(
     companions_of: ModelDirectory,
     record: Mapping[str, Any],
     card: str = "",
+    roundings: Mapping[str, Rounding] | None = None,
 ) -> None:
     """What `save_model` writes, into a directory that is there and empty."""
     from safetensors.torch import save_file
@@ -61,9 +65,16 @@ def fill_model(
     decoder = replace(decoder, dtype=dtype)
     uneven = bool(uniform_obstacles(decoder))
     config = write_nemotron(decoder) if uneven else write_config(decoder)
+    tensors: dict[str, torch.Tensor] = {}
+    for name in decoder.tensors():
+        weight = weights[name].detach().cpu().contiguous()
+        rounding = (roundings or {}).get(name)
+        tensors |= rounding.pack(name, weight) if rounding else {name: weight}
+    if roundings:
+        matrices = [name for name, spec in decoder.tensors().items() if is_rounded(name, spec.shape)]
+        config["quantization_config"] = mixed_config(roundings, matrices)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    plain = {name: weights[name].detach().cpu().contiguous() for name in decoder.tensors()}
-    save_file(plain, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for file in companions_of.companions:
         shutil.copyfile(file, folder / file.name)
     if uneven:

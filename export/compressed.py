@@ -2,9 +2,11 @@
 """Weight-only INT8 and INT4 as compressed-tensors: rounded to the nearest, packed by that library.
 
 Symmetric: q = round(w / s), where s is twice the largest |w| of a group of the row by 2^bits - 1. Only matrices of
-attention and FFN are rounded; embedding, output, norms and routers stay as they are, in bfloat16.
+attention and FFN are rounded; embedding, output, norms and routers stay as they are, in bfloat16. Or only some of the
+matrices, each in a way of its own: see `mixed_config`.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,10 @@ class Rounding:
 
     def config(self) -> dict[str, Any]:
         """`quantization_config` of a config.json."""
+        return _config([self.scheme(["Linear"])], ["lm_head"])
+
+    def scheme(self, targets: list[str]) -> dict[str, Any]:
+        """A group of `config_groups`. targets: classes, or names of modules."""
         weights = {
             "num_bits": self.bits,
             "type": "int",
@@ -40,15 +46,7 @@ class Rounding:
             "dynamic": False,
             "actorder": None,
         }
-        scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-        return {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": scheme},
-            "ignore": ["lm_head"],
-            "kv_cache_scheme": None,
-        }
+        return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
     def bytes_of(self, size: int) -> int:
         """Of a matrix of `size` numbers: packed, and its scales in two bytes each."""
@@ -89,6 +87,11 @@ class Rounding:
         wide = {**parts, "weight_scale": parts["weight_scale"].float()}
         return compressor.decompress(wide, scheme)["weight"].float()
 
+    def as_read(self, name: str, weight: "torch.Tensor") -> "torch.Tensor":
+        """What `name` is after it was packed and is unpacked again, in float32."""
+        base = name.removesuffix("weight")
+        return self.unpack({key.removeprefix(base): tensor for key, tensor in self.pack(name, weight).items()})
+
     def _library(self) -> Any:
         """Its packer, and this rounding as it calls it. Raises ExportError if it is missing."""
         try:
@@ -97,6 +100,36 @@ class Rounding:
         except ModuleNotFoundError as error:
             raise ExportError(_MISSING) from error
         return PackedQuantizationCompressor, QuantizationScheme(**self.config()["config_groups"]["group_0"])
+
+
+def _config(schemes: list[dict[str, Any]], ignore: list[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{index}": scheme for index, scheme in enumerate(schemes)},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+def mixed_config(roundings: Mapping[str, Rounding], matrices: Iterable[str]) -> dict[str, Any]:
+    """`quantization_config` where some matrices are rounded, or all of them in several ways.
+
+    Modules are named one by one, those that stay as they are in `ignore`: vLLM raises on one that is in neither list,
+    and wants the parts of what it fuses (queries, keys and values; gate and up) rounded alike (read in its source,
+    `compressed_tensors/utils.py`).
+
+    roundings: by the name of the weight. matrices: names of all that could be rounded, see `is_rounded`.
+    """
+    names = list(matrices)
+    ways = list(dict.fromkeys(roundings[name] for name in names if name in roundings))
+    schemes = [way.scheme([_module(name) for name in names if roundings.get(name) == way]) for way in ways]
+    return _config(schemes, [*(_module(name) for name in names if name not in roundings), "lm_head"])
+
+
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")
 
 
 _MISSING = (

@@ -229,6 +229,11 @@ def _weight_files(path: Path) -> list[Path]:
 def _check(path: Path, decoder: Decoder, tensors: dict[str, Stored]) -> tuple[str, ...]:
     """Every weight there, none unknown, each with its shape. A tied copy and buffers are left out, and said so."""
     specs, notes = decoder.tensors(), []
+    if any(name.endswith(".weight_packed") for name in tensors):
+        raise ModelDirectoryError(
+            f"{path} holds rounded weights (compressed-tensors), which engines load as they are; nothing else is made "
+            "of them here. Give the model that they were rounded from"
+        )
     problems = []
     if missing := [name for name in specs if name not in tensors]:
         problems.append(f"{len(missing)} weights are missing: {', '.join(missing[:4])}")

@@ -44,8 +44,9 @@ FEATURES: dict[str, str] = {
 EXTRAS: dict[str, str] = {
     "lora": "LoRA adapters beside the model",
     "medusa": "Medusa heads",
+    "mixed weights": "INT8 and INT4 in some subblocks only",
 }
-"""What an engine takes beside a model."""
+"""What an engine takes beside a model, and in its weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ _ALL_FORMS: tuple[Form, ...] = ("uniform", "nemotron-nas", "per_layer_config")
 _MULT_ONLY = "it reads ffn_mult only, which says multiples of 256"
 
 _NO_HEADS = _no("it has no such heads", "source")
+_NO_ROUNDING = _no("INT8 and INT4 are not written for it", "source")
 _FORMLESS = _zero("its exporter builds layers that are all alike", "test")
 _LINEAR_FORMLESS = _no("its exporter knows no such subblock", "source")
 _ALIKE_ONLY = {
@@ -152,7 +154,11 @@ ENGINES: dict[str, Engine] = {
         families=dict.fromkeys(_DENSE, "test"),
         rules=_rules("test"),
         forms=_ALL_FORMS,
-        extras={"lora": _TESTED, "medusa": _no("it does not decode with such heads", "source")},
+        extras={
+            "lora": _TESTED,
+            "medusa": _no("it does not decode with such heads", "source"),
+            "mixed weights": _TESTED,
+        },
         weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         serve="python -c \"from transformers import pipeline; print(pipeline('text-generation', '{path}', "
         "trust_remote_code=True)('Once'))\"",
@@ -180,7 +186,7 @@ ENGINES: dict[str, Engine] = {
             "neither": _EVERY_ATTENTION,
             "neither, last": _EVERY_ATTENTION,
         },
-        extras={"lora": _TESTED, "medusa": _TESTED},
+        extras={"lora": _TESTED, "medusa": _TESTED, "mixed weights": _READ},
         weights=("source", "f32", "bf16", "f16", "int8", "int4"),
         lora_ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # vllm/config/lora.py, MaxLoRARanks
         serve="vllm serve {path} --host 127.0.0.1 --trust-remote-code",
@@ -205,7 +211,11 @@ ENGINES: dict[str, Engine] = {
                 "biases beside norms": _BIASES_UNTRIED,
             },
         ),
-        extras={"lora": _TESTED, "medusa": _no("it has no such heads", "source")},
+        extras={
+            "lora": _TESTED,
+            "medusa": _no("it has no such heads", "source"),
+            "mixed weights": _no("a GGUF file is rounded as a whole here, to formats of its own", "source"),
+        },
         ropes=("default", "linear", "llama3"),
         weights=("f32", "f16", "q8_0", "q6_k", "q5_k", "q4_k"),
         serve="llama-server -m {path} --host 127.0.0.1",
@@ -225,7 +235,11 @@ ENGINES: dict[str, Engine] = {
             },
         ),
         forms=("uniform",),
-        extras={"lora": _no("adapters are not run beside a model in its driver", "source"), "medusa": _NO_HEADS},
+        extras={
+            "lora": _no("adapters are not run beside a model in its driver", "source"),
+            "medusa": _NO_HEADS,
+            "mixed weights": _NO_ROUNDING,
+        },
         ropes=("default", "linear", "llama3"),
         weights=("f32",),
         serve="python -c \"import openvino_genai; print(openvino_genai.LLMPipeline('{path}', 'CPU').generate('Once', "
@@ -238,7 +252,11 @@ ENGINES: dict[str, Engine] = {
         families=dict.fromkeys(_DENSE, "test"),
         rules=_rules("source", _ALIKE_ONLY | _NO_ONNX),
         forms=("uniform",),
-        extras={"lora": _no("adapters are not run beside a model in its driver", "source"), "medusa": _NO_HEADS},
+        extras={
+            "lora": _no("adapters are not run beside a model in its driver", "source"),
+            "medusa": _NO_HEADS,
+            "mixed weights": _NO_ROUNDING,
+        },
         ropes=("default", "llama3"),  # linear it passes over, and answers wrongly
         weights=("f32",),
         serve="python -c \"import onnxruntime_genai as og; m = og.Model('{path}'); t = og.Tokenizer(m); "
@@ -268,7 +286,7 @@ ENGINES: dict[str, Engine] = {
                 "biases beside norms": _BIASES_UNTRIED,
             },
         ),
-        extras={"lora": _READ, "medusa": _no("it has no such heads", "source")},
+        extras={"lora": _READ, "medusa": _no("it has no such heads", "source"), "mixed weights": _NO_ROUNDING},
         weights=("source", "bf16", "f16"),
         serve="python -m sglang.launch_server --model-path {path} --host 127.0.0.1 --trust-remote-code",
     ),
@@ -285,7 +303,11 @@ ENGINES: dict[str, Engine] = {
                 "biases beside norms": _BIASES_UNTRIED,
             },
         ),
-        extras={"lora": _READ, "medusa": _no("only its older engine, which is built beforehand, has them", "source")},
+        extras={
+            "lora": _READ,
+            "medusa": _no("only its older engine, which is built beforehand, has them", "source"),
+            "mixed weights": _NO_ROUNDING,
+        },
         weights=("source", "bf16", "f16"),
         serve="trtllm-serve {path} --trust_remote_code",
     ),

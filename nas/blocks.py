@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from ..distill.models import config_of
 from ..export.architecture import FFN, Attention, Decoder, Layer
 from ..export.remote.modeling_decilm import LinearAttention, LinearMLP, NoAttention, Nothing
-from .space import Block
+from .formats import Block
 
 Part = Literal["attention", "ffn"]
 PARTS: tuple[Part, Part] = ("attention", "ffn")

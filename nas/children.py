@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ..distill.models import build
-from ..distill.quality import Quality
+from ..distill.models import build, open_blocks
+from ..distill.quality import Quality, measure
 from ..distill.save import save_model
 from ..export.architecture import Decoder
-from .blocks import PARTS, Module, Part, fill, make
+from .blocks import PARTS, Module, Part, fill, make, shapes
+from .formats import Block, as_served, rounding_in, roundings_of, source_decoder, source_of
 from .jobs import Job, Store
-from .library import library_job
+from .library import library_job, variant_job
 from .recipe import Workload
-from .space import Block
 from .speed import Times, by_turns, measure_once, median, threads
 from .teacher import Teacher
 
@@ -54,23 +54,38 @@ def modules_of(teacher: Teacher, child: Decoder, store: Store) -> dict[int, list
 
 
 def module_of(teacher: Teacher, layer: int, part: Part, block: Block, store: Store) -> Module:
-    tensors, _ = store.read(library_job(teacher, layer, part, block))
-    widened = {name: tensor.float() for name, tensor in tensors.items()}
+    tensors, rounding = tensors_of(teacher, layer, part, block, store), rounding_in(block)
+    if rounding is None:
+        widened = {name: tensor.float() for name, tensor in tensors.items()}
+    else:
+        widened = as_served(tensors, rounding)
     return fill(make(teacher.source.decoder, block), widened).moved(teacher.device)
+
+
+def tensors_of(teacher: Teacher, layer: int, part: Part, block: Block, store: Store) -> dict[str, torch.Tensor]:
+    """The weights of a subblock by their names within a layer, in the teacher's type, before any rounding."""
+    source = source_of(block)
+    if source == getattr(teacher.source.decoder.layers[layer], part):
+        own = teacher.layer_weights[layer]
+        return {name: own[name] for name in shapes(teacher.source.decoder, source)}
+    return store.read(library_job(teacher, layer, part, source))[0]
 
 
 def jobs_of(teacher: Teacher, child: Decoder) -> list[tuple[int, Job]]:
     return [
-        (layer, library_job(teacher, layer, part, block))
+        (layer, variant_job(teacher, layer, part, block))
         for layer, part, block in replaced(teacher.source.decoder, child)
     ]
 
 
 def weights_of(teacher: Teacher, child: Decoder, store: Store) -> dict[str, torch.Tensor]:
-    """All weights of the child, in the type the teacher is stored in; the teacher's own are untouched."""
+    """All weights of the child, in the type the teacher is stored in; the teacher's own are untouched.
+
+    None is rounded yet: `formats.roundings_of` says which are to be.
+    """
     changed: dict[str, torch.Tensor] = {}
     for layer, part, block in replaced(teacher.source.decoder, child):
-        tensors, _ = store.read(library_job(teacher, layer, part, block))
+        tensors = tensors_of(teacher, layer, part, block, store)
         changed |= {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
     kept = [name for name in child.tensors() if name not in changed]
     return changed | dict(teacher.source.weights(kept))
@@ -81,24 +96,54 @@ def realize(
 ) -> None:
     """Write the child as a Hugging Face directory that `refound export` takes.
 
+    Rounded weights are packed as compressed-tensors: such a directory is what engines load, and not exported again.
+
     Raises:
+        ExportError: the package compressed-tensors is missing, and weights are rounded.
         OutputExistsError, OutputSpaceError: see `export.atomic.fresh_directory`.
     """
     lineage = {"teacher": {"path": str(teacher.source.path.absolute()), "sha256": teacher.fingerprint}}
     save_model(
         directory,
-        child,
+        source_decoder(child),
         weights_of(teacher, child, store),
         companions_of=teacher.source,
         record=lineage | dict(record),
         overwrite=overwrite,
+        roundings=roundings_of(child),
     )
 
 
+def round_trained(
+    teacher: Teacher, child: Decoder, trained: Path, directory: Path, *, record: Mapping[str, Any]
+) -> Quality:
+    """Write the child with the weights of `trained`, which has its shapes, in the child's own formats.
+
+    What was trained in numbers that are not rounded is rounded at the end, once: the quality is of what is written, on
+    the teacher's test windows.
+
+    Raises:
+        OutputSpaceError: see `export.atomic.fresh_directory`; what is in `directory` is replaced.
+        ExportError: the package compressed-tensors is missing.
+    """
+    source, decoder, roundings = open_blocks(trained), source_decoder(child), roundings_of(child)
+    weights = dict(source.weights(list(decoder.tensors())))
+    save_model(directory, decoder, weights, companions_of=source, record=record, overwrite=True, roundings=roundings)
+    read = {
+        name: roundings[name].as_read(name, weight) if name in roundings else weight.float()
+        for name, weight in weights.items()
+    }
+    model: Any = build(decoder, read, dtype=torch.float32)
+    return measure(model.to(teacher.device), teacher.model, teacher.test.to(teacher.device))
+
+
 def times_here(teacher: Teacher, child: Decoder, store: Store) -> dict[str, list[list[Times]]]:
-    """By workload, those of the teacher and of the child on this device, by turns."""
+    """By workload, those of the teacher and of the child on this device, by turns.
+
+    Weights are computed with in float32, as transformers does after it has unpacked those that are rounded.
+    """
     widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
-    model: Any = build(child, widened, dtype=torch.float32)
+    model: Any = build(source_decoder(child), widened, dtype=torch.float32)
     model.to(teacher.device)
     costs = teacher.recipe.costs
     found = {}

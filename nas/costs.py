@@ -3,7 +3,8 @@
 
 Times are differences between whole models, so that caches and the cost of calling are as in use: in a model as large as
 the teacher every layer gets the variant, and what that saves (or costs) is divided by the number of layers. A child's
-time is then the teacher's plus the sum of its differences.
+time is then the teacher's plus the sum of its differences. Weights in another format cost the time of the source's:
+transformers unpacks them before it computes. Their bytes are exact.
 """
 
 import platform
@@ -18,10 +19,11 @@ import torch
 
 from ..distill.models import build
 from ..export.architecture import Attention, Decoder, Layer
-from .blocks import Module, fill, make, parameters, part_of, shapes
+from .blocks import Module, fill, make, part_of, shapes
+from .formats import Block, rounding_in, source_of, stored_bytes
 from .jobs import Job, Result
 from .recipe import TORCH, Recipe, Workload
-from .space import Block, SearchSpace, name_of
+from .space import SearchSpace, name_of
 from .speed import Times, by_turns, measure_once, median, threads
 
 METHOD = 1
@@ -39,7 +41,10 @@ class CostTable:
     """(part, name) to workload to the difference from the base's own subblock. Those that failed are left out."""
 
     def difference(self, block: Block, workload: str) -> Times:
-        return self.blocks[part_of(block), name_of(block)][workload]
+        return self.blocks[_kind(block)][workload]
+
+    def knows(self, block: Block) -> bool:
+        return _kind(block) in self.blocks
 
     def child(self, decoder: Decoder, workload: Workload) -> Times:
         """Predicted times of a child."""
@@ -50,12 +55,16 @@ class CostTable:
         return total
 
 
+def _kind(block: Block) -> tuple[str, str]:
+    return part_of(block), name_of(source_of(block))
+
+
 def distinct_blocks(space: SearchSpace) -> list[Block]:
-    """Every kind of subblock once; layers that are alike cost alike."""
+    """Every kind of subblock once, whatever its format; layers that are alike cost alike."""
     found: dict[tuple[str, str], Block] = {}
     for layer in space.layers:
         for block in (*layer.attention, *layer.ffn):
-            found.setdefault((part_of(block), name_of(block)), block)
+            found.setdefault(_kind(block), source_of(block))
     return list(found.values())
 
 
@@ -178,7 +187,9 @@ def read_table(teacher: Decoder, found: Sequence[tuple[Block, dict[str, Any]]]) 
 
 
 def weight_bytes(teacher: Decoder, block: Block, bits: int) -> float:
-    return parameters(teacher, block) * bits / 8
+    """Stored. bits: of a number that is not rounded."""
+    rounding = rounding_in(block)
+    return sum(stored_bytes(shape, name, rounding, bits) for name, shape in shapes(teacher, block).items())
 
 
 def cache_bytes(teacher: Decoder, block: Block, workload: Workload, bits: int) -> float:

@@ -11,7 +11,7 @@ from ..export.atomic import size_text
 from ..text import columns, duration_text
 from .blocks import parameters
 from .costs import distinct_blocks
-from .library import replacements
+from .library import replacements, trained
 from .space import SearchSpace, count_pairs
 from .teacher import Teacher
 
@@ -70,21 +70,21 @@ def estimate(teacher: Teacher, space: SearchSpace, done: dict[str, int], counts:
     recipe, decoder = teacher.recipe, teacher.source.decoder
     rate = _flops() * _EFFICIENCY
     bits = torch.empty(0, dtype=teacher.dtype).element_size()
-    blocks = list(replacements(space))
+    scored = len(list(replacements(space)))
     layers = len(decoder.layers)
     head = decoder.vocab_size * decoder.hidden_size
     inner = decoder.parameters - head * (1 if decoder.tied else 2)
     train, score = recipe.text.train, recipe.text.score
     widest = max((layer.ffn.width for layer in decoder.layers), default=0)
-    sizes = [parameters(decoder, block) for _, _, block in blocks]
+    sizes = [parameters(decoder, block) for _, _, block in trained(space)]
     gram = layers * (2 * train * widest**2 + 9 * widest**3)  # products, an inverse and its updates in float64
-    trained = 6 * recipe.library.steps * min(recipe.library.batch * recipe.text.length, train) * sum(sizes)
+    steps = 6 * recipe.library.steps * min(recipe.library.batch * recipe.text.length, train) * sum(sizes)
     one_score = 2 * score * (inner / 2 + head)
     timed = sum(workload.batch * workload.prompt for workload in recipe.costs.workloads)
     work = {
         "activations": (2 * train * inner, train * decoder.hidden_size * layers * 2),
-        "library": (gram + trained + 8 * train * inner, sum(sizes) * bits),
-        "scores": (one_score * len(blocks), 500 * len(blocks)),
+        "library": (gram + steps + 8 * train * inner, sum(sizes) * bits),
+        "scores": (one_score * scored, 500 * scored),
         "costs": (2 * 2 * (recipe.costs.repeats + 1) * timed * inner * len(distinct_blocks(space)), 0),
         "probes": (one_score * recipe.score.probes, 0),
         "children": (

@@ -147,17 +147,24 @@ def _child(child: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     if child["distilled"]:
         told = child["distilled"]
         before, after = told["before"]["kl"], told["after"]["kl"]
-        distilled = f"<p>Distilled on {told['tokens']:,} tokens: KL {before:.4f} to {after:.4f}.</p>"
+        words = f"Distilled on {told['tokens']:,} tokens: KL {before:.4f} to {after:.4f}."
+        if rounded := told.get("rounded"):
+            kl = rounded["test"]["kl"]
+            words += f" Rounded after it, on test text: KL {kl:.4f}, in <code>{escape(rounded['path'])}</code>."
+        distilled = f"<p>{words}</p>"
     return (
-        f"<h2>{escape(child['path'])}</h2><p>{text}</p>{_layers(child['layers'], teacher['layers'])}"
+        f"<h2>{escape(child['path'])}</h2><p>{text}</p>{_layers(child, teacher['layers'])}"
         f"{table(header, rows)}{distilled}<p>Serve it: <code>{escape(child['export'])}</code></p>"
     )
 
 
-def _layers(child: Sequence[Sequence[str]], teacher: Sequence[Sequence[str]]) -> str:
-    """A column for each layer: attention above, FFN below, as tall as what is left of the teacher's."""
+def _layers(child: Mapping[str, Any], teacher: Sequence[Sequence[str]]) -> str:
+    """A column for each layer: attention above, FFN below, as tall as what is left of the teacher's.
+
+    Where weights are stored in 8 or 4 bits, the number stands in it.
+    """
     cell, height, marks = 20, 70, []
-    for index, (own, other) in enumerate(zip(teacher, child, strict=True)):
+    for index, (own, other) in enumerate(zip(teacher, child["layers"], strict=True)):
         for row, label in enumerate(("attention", "FFN")):
             share = _share(own[row], other[row])
             x, bottom = 62 + index * cell, 20 + (row + 1) * height + row * 8
@@ -167,13 +174,20 @@ def _layers(child: Sequence[Sequence[str]], teacher: Sequence[Sequence[str]]) ->
                 f'<rect x="{x}" y="{bottom - tall:.1f}" width="{cell - 4}" height="{tall:.1f}" style="fill:{colour}">'
                 f"<title>layer {index}: {label} {escape(other[row])}, teacher {escape(own[row])}</title></rect>"
             )
+            if (stored := child["formats"][index][row]) != "source":
+                bits = stored.removeprefix("int")
+                marks.append(f'<text x="{x + 5}" y="{bottom - 4}" font-weight="bold">{escape(bits)}</text>')
         marks.append(f'<text class="faint" x="{62 + index * cell}" y="{20 + 2 * height + 24}">{index}</text>')
     marks.append(f'<text x="0" y="{20 + height / 2}">attention</text><text x="0" y="{28 + 1.5 * height}">FFN</text>')
-    width = 70 + cell * len(child)
-    return f'<div class="wide"><svg viewBox="0 0 {width} 200" width="{width}" role="img">{"".join(marks)}</svg></div>'
+    width = 70 + cell * len(teacher)
+    stored = {name for pair in child["formats"] for name in pair if name != "source"}
+    words = "<p>A number in a box: the bits of a weight there; none: as in the teacher's files.</p>" if stored else ""
+    picture = f'<svg viewBox="0 0 {width} 200" width="{width}" role="img">{"".join(marks)}</svg>'
+    return f'<div class="wide">{picture}</div>{words}'
 
 
 def _share(own: str, other: str) -> float:
+    other = other.partition("-")[0]  # whatever its format
     if other == own:
         return 1.0
     if other == "none":

@@ -19,11 +19,13 @@ from .activations import CHUNK_WINDOWS, LayerData
 from .attention_init import captured, head_scores, pooled, pruned
 from .blocks import PARTS, Module, Part, fill, make
 from .ffn_init import narrowed, narrowing_error, removal_order
+from .formats import METHOD as FORMAT_METHOD
+from .formats import Block, rounding_in, source_of
 from .jobs import Job, Result, Store
 from .nested import train_nested
 from .recipe import Recipe
 from .ridge import Grams
-from .space import Block, LayerSpace, SearchSpace, name_of
+from .space import LayerSpace, SearchSpace, name_of
 from .teacher import Teacher, text_digest
 
 METHOD = 1
@@ -40,6 +42,31 @@ def replacements(space: SearchSpace) -> Iterator[tuple[int, Part, Block]]:
         for part in PARTS:
             for block in blocks_of(layer, part)[1:]:
                 yield index, part, block
+
+
+def trained(space: SearchSpace) -> Iterator[tuple[int, Part, Block]]:
+    """Those of them that the library holds; what is stored in another format is made of these when it is asked for."""
+    return (found for found in replacements(space) if rounding_in(found[2]) is None)
+
+
+def variant_job(teacher: Teacher, layer: int, part: Part, block: Block) -> Job:
+    """What names a replacement: the job of the library, or for a rounded one what it is rounded from, and how."""
+    rounding, source = rounding_in(block), source_of(block)
+    if rounding is None:
+        return library_job(teacher, layer, part, block)
+    own = source == getattr(teacher.source.decoder.layers[layer], part)
+    return Job(
+        kind="rounded",
+        key={
+            "method": FORMAT_METHOD,
+            "teacher": teacher.fingerprint,
+            "layer": layer,
+            "part": part,
+            "of": "teacher" if own else library_job(teacher, layer, part, source).id,
+            "bits": rounding.bits,
+            "group": rounding.group,
+        },
+    )
 
 
 def library_job(teacher: Teacher, layer: int, part: Part, block: Block) -> Job:
@@ -120,7 +147,8 @@ class LibraryMaker:
     def _narrower(self, data: LayerData, block: FFN, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ridges = self._teacher.recipe.library.ridge
         if not self._kept:
-            widths = [ffn.width for ffn in self._space.layers[data.index].ffn[1:] if ffn.kind == "dense"]
+            mine = [ffn for ffn in self._space.layers[data.index].ffn[1:] if rounding_in(ffn) is None]
+            widths = [ffn.width for ffn in mine if ffn.kind == "dense"]
             self._grams = {"fit": data.ffn_gram(data.fit), "held": data.ffn_gram(data.held)}
             middle = sorted(ridges)[len(ridges) // 2]
             self._kept = removal_order(self._grams["fit"], weights["mlp.down_proj.weight"], widths, middle)

@@ -11,9 +11,10 @@ from .blocks import parameters, part_of
 from .budget import Limit, parse_limits, row_limit
 from .compose import Composition
 from .costs import CostTable, cache_bytes, weight_bytes
+from .formats import Block
 from .recipe import Recipe, Workload
 from .solver import Choice, Problem, Row
-from .space import Block, SearchSpace, name_of
+from .space import SearchSpace, name_of
 
 Key = tuple[int, str, str]
 """(layer, part, name of the block)"""
@@ -94,12 +95,9 @@ class Programme:
         found = []
         for one, other in layer.pairs:
             single = (self.single(index, layer.attention[one]), self.single(index, layer.ffn[other]))
-            timed = all(self._is_timed(block) for block in (layer.attention[one], layer.ffn[other]))
+            timed = all(self.table.knows(block) for block in (layer.attention[one], layer.ffn[other]))
             found.append(composition.layer(*single) if timed and max(single) < float("inf") else float("inf"))
         return np.array(found)
-
-    def _is_timed(self, block: Block) -> bool:
-        return (part_of(block), name_of(block)) in self.table.blocks
 
     def _layer_costs(self, limit: Limit, index: int) -> np.ndarray:
         layer = self.space.layers[index]
@@ -118,7 +116,7 @@ class Programme:
             return weight_bytes(self.teacher, block, costs.weight_bits) + cache_bytes(
                 self.teacher, block, workload, costs.cache_bits
             )
-        if not self._is_timed(block):
+        if not self.table.knows(block):
             return 0.0  # it may not be taken
         times = self.table.difference(block, limit.workload)
         return times.prefill_s if limit.quantity == "first_token" else times.latency_s(workload)

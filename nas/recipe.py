@@ -2,6 +2,7 @@
 """The recipe of a search: frozen dataclasses out of TOML, every mistake told at once. Imports nothing heavy."""
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Space:
     ffn_none: bool = True
     multiple: int = 32
     """Widths are rounded to multiples of it. SGLang and TensorRT-LLM want 256."""
+    formats: tuple[str, ...] = ("source",)
+    """In which weights may be stored, each subblock in one: source, int8, int4. Only a memory budget counts them."""
     engines: tuple[str, ...] = ("transformers",)
     """Every child can be exported to each of these; what one of them refuses is not searched."""
 
@@ -173,6 +176,7 @@ def check(recipe: Recipe) -> list[str]:
     problems += [
         f"space.ffn_percent holds {x}; each lies between 0 and 100" for x in recipe.space.ffn_percent if not 0 < x < 100
     ]
+    problems += _format_problems(recipe)
     names = [workload.name for workload in recipe.costs.workloads]
     if len(set(names)) < len(names) or not names:
         problems.append("costs.workloads needs at least one, each with a name of its own")
@@ -203,7 +207,32 @@ def _engine_problems(recipe: Recipe) -> list[str]:
     if costs.engine not in recipe.space.engines:
         told = ", ".join((TORCH, *recipe.space.engines))
         return [f"costs.engine is {costs.engine!r}, none of {told}: torch, or one of space.engines"]
+    if set(recipe.space.formats) - {"source"}:
+        return [
+            f"space.formats is not for costs.engine = {costs.engine!r}: an engine is given one format, costs.quantize"
+        ]
     return []
+
+
+def _format_problems(recipe: Recipe) -> list[str]:
+    found = []
+    for name in recipe.space.formats:
+        if name not in _FORMATS:
+            near = difflib.get_close_matches(name, _FORMATS, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            found.append(f"space.formats holds {name!r}, none of {', '.join(_FORMATS)}{hint}")
+    if "source" not in recipe.space.formats:
+        found.append("space.formats lacks 'source', which the teacher and the library are stored in")
+    counted = any(name.partition(".")[0] == "memory" for name in recipe.budget)
+    if set(recipe.space.formats) & {"int8", "int4"} and not counted:
+        found.append(
+            "space.formats holds more than 'source', but no budget counts bytes, so nothing would be gained by it: "
+            'add memory, as memory = "50%"'
+        )
+    return found
+
+
+_FORMATS = ("source", "int8", "int4")
 
 
 def _budget_beside(raw: Mapping[str, Any]) -> list[str]:

@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..export.architecture import Decoder
+from ..export.engines import ENGINES
 from ..text import columns, duration_text
 from .budget import amount_text
 from .children import Speed
 from .errors import StoreError
+from .formats import format_of, roundings_of
 from .html import page
 from .recipe import Workload
 from .search import Child, Found
@@ -66,6 +69,7 @@ def _solution(found: Found, solution: Solution) -> dict[str, Any]:
     decoder = found.programme.child(solution.choice)
     return {
         "layers": [[name_of(layer.attention), name_of(layer.ffn)] for layer in decoder.layers],
+        "formats": _formats(decoder),
         "parameters": decoder.parameters,
         "score": solution.score,
         "bound": solution.bound,
@@ -76,19 +80,32 @@ def _solution(found: Found, solution: Solution) -> dict[str, Any]:
     }
 
 
+def _formats(decoder: Decoder) -> list[list[str]]:
+    """Of the weights of attention and FFN, layer by layer."""
+    return [[format_of(layer.attention), format_of(layer.ffn)] for layer in decoder.layers]
+
+
+def _serve(found: Found, child: Child) -> str:
+    """The command for a child. Rounded weights are packed already, as engines load them."""
+    engines = found.teacher.recipe.space.engines
+    if roundings_of(child.decoder):
+        return ENGINES[engines[0]].serve.format(path=child.path)
+    return f"refound export {child.path} --to {','.join(engines)}"
+
+
 def _child(found: Found, child: Child) -> dict[str, Any]:
-    engines = ",".join(found.teacher.recipe.space.engines)
     workloads = {workload.name: workload for workload in found.teacher.recipe.costs.workloads}
     return {
         "path": str(child.path),
         "parameters": child.decoder.parameters,
         "layers": [[name_of(layer.attention), name_of(layer.ffn)] for layer in child.decoder.layers],
+        "formats": _formats(child.decoder),
         "measured": child.measured,
         "test": child.test,
         "totals": child.totals,
         "speed": {name: _speed(speed, workloads[name]) for name, speed in child.speed.items()},
         "distilled": child.distilled,
-        "export": f"refound export {child.path} --to {engines}",
+        "export": _serve(found, child),
     }
 
 
@@ -152,5 +169,7 @@ def _child_lines(child: dict[str, Any]) -> list[str]:
             f"  distilled on {child['distilled']['tokens']:,} tokens: KL {before['kl']:.4f} to {after['kl']:.4f}"
         )
         lines.append(f"  {child['distilled']['path']}")
+        if rounded := child["distilled"].get("rounded"):
+            lines.append(f"  rounded after it, on test text: KL {rounded['test']['kl']:.4f}: {rounded['path']}")
     lines.append(f"  serve it: {child['export']}")
     return lines

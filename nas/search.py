@@ -11,14 +11,15 @@ from typing import Any
 
 from ..export.architecture import Decoder
 from .activations import activation_jobs, compute_activations
-from .children import Speed, jobs_of, module_of, modules_of, realize, speeds, times_here
+from .children import Speed, jobs_of, module_of, modules_of, realize, round_trained, speeds, times_here
 from .choose import Chooser, Chosen
 from .costs import CostMeter, CostTable, cost_job, distinct_blocks, read_table
 from .engine_costs import EngineMeter, require_engine
 from .errors import OtherSearchError, StoreError, TeacherError
 from .estimate import Estimate, estimate
+from .formats import roundings_of, source_decoder, source_of
 from .jobs import Job, Progress, Result, Store, run_jobs
-from .library import LibraryMaker, library_job, replacements
+from .library import LibraryMaker, library_job, replacements, trained, variant_job
 from .programme import Key, Programme
 from .ranks import Ranks, joined, only_search
 from .recipe import TORCH, Recipe
@@ -73,18 +74,19 @@ class Search:
         self.space = make_space(self.teacher.source.decoder, recipe.space)
         self.seconds: dict[str, float] = {}
         self._activations = activation_jobs(self.teacher)
-        self._blocks = list(replacements(self.space))
+        self._trained = list(trained(self.space))
+        self._scored = list(replacements(self.space))
         self._kinds = distinct_blocks(self.space)
         self.engine = EngineMeter(self.teacher.source, recipe) if recipe.costs.engine != TORCH else None
         self.windows = (len(self.teacher.score), len(self.teacher.test))  # too little text is said now, not later
 
     def library_jobs(self) -> list[Job]:
-        return [library_job(self.teacher, layer, part, block) for layer, part, block in self._blocks]
+        return [library_job(self.teacher, layer, part, block) for layer, part, block in self._trained]
 
     def score_jobs(self) -> list[Job]:
         return [
-            score_job(self.teacher, "score", [(layer, job)])
-            for (layer, _, _), job in zip(self._blocks, self.library_jobs(), strict=True)
+            score_job(self.teacher, "score", [(layer, variant_job(self.teacher, layer, part, block))])
+            for layer, part, block in self._scored
         ]
 
     def cost_jobs(self) -> list[Job]:
@@ -106,10 +108,10 @@ class Search:
             self._prove(self._activations)
             self.stage("activations", self._activations, lambda job: compute_activations(self.teacher, job))
         maker = LibraryMaker(self.teacher, self.space, self.store, self._activations)
-        known = {job.id: blocks for job, blocks in zip(jobs, self._blocks, strict=True)}
+        known = {job.id: blocks for job, blocks in zip(jobs, self._trained, strict=True)}
         # by layers over the ranks, so that each reads a layer's activations once
-        order = sorted(range(len(jobs)), key=lambda index: (self._blocks[index][0] % self.ranks.world_size, index))
-        mine = [jobs[index] for index in order if self._blocks[index][0] % self.ranks.world_size == self.ranks.rank]
+        order = sorted(range(len(jobs)), key=lambda index: (self._trained[index][0] % self.ranks.world_size, index))
+        mine = [jobs[index] for index in order if self._trained[index][0] % self.ranks.world_size == self.ranks.rank]
         began = time.monotonic()
         run_jobs("library", mine, self.store, lambda job: maker.compute(*known[job.id]), self.progress)
         self.ranks.wait()
@@ -129,11 +131,14 @@ class Search:
         if not own.lm < float("inf"):
             raise TeacherError(f"the teacher's own loss on held-out text is {own.lm}; nothing can be compared with it")
         jobs = self.score_jobs()
-        known = {job.id: blocks for job, blocks in zip(jobs, self._blocks, strict=True)}
+        known = {job.id: blocks for job, blocks in zip(jobs, self._scored, strict=True)}
+        made = set(self._trained)
 
         def compute(job: Job) -> Result:
             layer, part, block = known[job.id]
-            _, facts = self.store.read(library_job(self.teacher, layer, part, block))
+            facts: dict[str, Any] = {}
+            if (layer, part, source_of(block)) in made:  # else it is the teacher's own, rounded
+                _, facts = self.store.read(library_job(self.teacher, layer, part, source_of(block)))
             if "infeasible" in facts:
                 return {}, facts
             return as_result(scorer.quality({layer: [module_of(self.teacher, layer, part, block, self.store)]}))
@@ -141,7 +146,7 @@ class Search:
         self.stage("scores", jobs, compute)
         return {
             (layer, part, name_of(block)): self.facts(job, compute)
-            for (layer, part, block), job in zip(self._blocks, jobs, strict=True)
+            for (layer, part, block), job in zip(self._scored, jobs, strict=True)
         }
 
     def run_costs(self) -> CostTable:
@@ -170,7 +175,7 @@ class Search:
     def library_facts(self) -> dict[Key, dict[str, Any]]:
         return {
             (layer, part, name_of(block)): self.store.facts(job)
-            for (layer, part, block), job in zip(self._blocks, self.library_jobs(), strict=True)
+            for (layer, part, block), job in zip(self._trained, self.library_jobs(), strict=True)
         }
 
     def quality(self, kind: str, child: Decoder, scorer: Scorer) -> dict[str, Any]:
@@ -209,7 +214,7 @@ def run_search(recipe: Recipe, progress: Progress) -> Found | None:
         # The other ranks have gone, and their process group with them.
         with only_search(Path(recipe.out)):
             first = found.children[0]
-            found.children[0] = replace(first, distilled=_distil(search, first.path))
+            found.children[0] = replace(first, distilled=_distil(search, first))
     return found
 
 
@@ -274,24 +279,34 @@ def _write_children(search: Search, found: Found) -> None:
         found.children.append(child)
 
 
-def _distil(search: Search, child: Path) -> dict[str, Any]:
+def _distil(search: Search, child: Child) -> dict[str, Any]:
+    """What is stored in fewer bits is distilled before it is rounded, in a directory of its own, and then rounded."""
     from ..distill.config import DistillConfig
     from ..distill.loop import distill
 
-    recipe = search.recipe
+    recipe, path, is_rounded = search.recipe, child.path, bool(roundings_of(child.decoder))
+    if is_rounded:
+        path = path.with_name(f"{path.name}-source")
+        realize(search.teacher, source_decoder(child.decoder), search.store, path, record={}, overwrite=True)
     config = DistillConfig(
-        child=child,
+        child=path,
         teacher=search.teacher.source.path,
-        out=child.with_name(f"{child.name}-distilled"),
+        out=path.with_name(f"{path.name}-distilled"),
         sources=recipe.text.sources,
         training=recipe.distill,
         held_out=max(recipe.text.test // recipe.distill.length, 1),
         seed=recipe.seed,
         overwrite=True,
     )
-    search.progress(f"distilling {child}")
-    outcome = distill(config, search.progress, alone=True)
-    return {"path": str(config.out), **outcome.to_json()}
+    search.progress(f"distilling {path}")
+    told = {"path": str(config.out), **distill(config, search.progress, alone=True).to_json()}
+    if not is_rounded:
+        return told
+    out = child.path.with_name(f"{child.path.name}-distilled")
+    record = {"source": {"path": str(config.out.absolute())}}
+    quality = round_trained(search.teacher, child.decoder, config.out, out, record=record)
+    search.progress(f"rounded as it was chosen, on test text: {quality}")
+    return told | {"rounded": {"path": str(out), "test": quality.to_json()}}
 
 
 def plan_search(recipe: Recipe) -> Estimate:

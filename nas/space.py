@@ -17,13 +17,14 @@ from ..export.errors import ExportUsageError
 from ..export.fit import check_fit
 from ..export.forms import configuration
 from .errors import RecipeError
+from .formats import SOURCE, Block, Kind, format_of, rounded, served, source_of
 from .recipe import Space
-
-Block = Attention | FFN
 
 
 def name_of(block: Block) -> str:
-    """`kv2`, `w768`, `linear` or `none`."""
+    """`kv2`, `w768`, `linear` or `none`; `w768-int4` if its weights are stored so."""
+    if (stored := format_of(block)) != SOURCE:
+        return f"{name_of(source_of(block))}-{stored}"
     if block.kind in ("linear", "none"):
         return block.kind
     return f"kv{block.kv_heads}" if isinstance(block, Attention) else f"w{block.width}"
@@ -59,6 +60,7 @@ def make_space(teacher: Decoder, recipe: Space) -> SearchSpace:
     Raises:
         RecipeError: for unknown engines, KV heads that do not divide the teacher's, or a teacher that an engine does
             not take at all.
+        ExportError: see `formats.served`.
     """
     try:
         engines = find_engines(",".join(recipe.engines))
@@ -66,13 +68,15 @@ def make_space(teacher: Decoder, recipe: Space) -> SearchSpace:
         raise RecipeError(f"space.engines: {error}") from error
     known: dict[tuple[Layer, str], LayerSpace] = {}
     excluded: dict[str, None] = {}
+    formats, refused = served(recipe.formats, engines)
     layers = []
     for index, layer in enumerate(teacher.layers):
         where = "first" if index == 0 else "last" if index == len(teacher.layers) - 1 else "middle"
         if (layer, where) not in known:
-            known[layer, where] = _layer_space(teacher, index, recipe, engines, excluded)
+            found = _layer_space(teacher, index, recipe, engines, excluded)
+            known[layer, where] = _in_formats(teacher, found, formats, excluded)
         layers.append(known[layer, where])
-    return SearchSpace(layers=tuple(layers), excluded=tuple(excluded))
+    return SearchSpace(layers=tuple(layers), excluded=(*excluded, *refused))
 
 
 def _layer_space(
@@ -99,6 +103,33 @@ def _layer_space(
         ffn=tuple(ffn[other] for other in used_ffn),
         pairs=tuple((used_attention.index(one), used_ffn.index(other)) for one, other in pairs),
     )
+
+
+def _in_formats(teacher: Decoder, space: LayerSpace, formats: tuple[str, ...], excluded: dict[str, None]) -> LayerSpace:
+    """The same choices in all formats, those in the source's first: nothing that was there changes its place."""
+    if not formats:
+        return space
+    attention, attention_ways = _stored(teacher, space.attention, formats, excluded)
+    ffn, ffn_ways = _stored(teacher, space.ffn, formats, excluded)
+    every = [(way, other) for one, two in space.pairs for way in attention_ways[one] for other in ffn_ways[two]]
+    pairs = dict.fromkeys([*space.pairs, *every])
+    return LayerSpace(attention=attention, ffn=ffn, pairs=tuple(pairs))
+
+
+def _stored(
+    teacher: Decoder, blocks: tuple[Kind, ...], formats: tuple[str, ...], excluded: dict[str, None]
+) -> tuple[tuple[Kind, ...], list[list[int]]]:
+    """(the blocks and then their rounded forms, for each of `blocks` the places of all its forms)."""
+    found, ways = list(blocks), [[index] for index in range(len(blocks))]
+    for index, block in enumerate(blocks):
+        for name in formats if block.kind != "none" else ():
+            made = rounded(teacher, block, name)
+            if isinstance(made, str):
+                excluded[made] = None
+            else:
+                ways[index].append(len(found))
+                found.append(made)
+    return tuple(found), ways
 
 
 def _attentions(teacher: Decoder, own: Attention, recipe: Space) -> Iterator[Attention]:

@@ -82,6 +82,8 @@ def test_what_cannot_be_is_said_before_anything_is_done(
     assert "'vllm', none of torch, transformers, llama.cpp" in told
     (told,) = check(replace(wanted, costs=replace(wanted.costs, engine="torch", quantize="q8_0")))
     assert "torch gets float32" in told
+    mixed = replace(wanted, space=replace(wanted.space, formats=("source", "int8")), budget={"memory.chat": "50%"})
+    assert any("given one format" in problem for problem in check(mixed))
     monkeypatch.setenv("REFOUND_ENGINES", str(tmp_path / "none"))
     assert environments.engine_python("llama.cpp") is None
     with pytest.raises(EngineMissingError, match=r"make engines ENGINES=llama\.cpp"):
