@@ -56,7 +56,7 @@ def guard(
     if Place.from_environment() is not None and not alone:
         from ..ckpt.protection import protect
 
-        brings = {} if optimizer is None else {"optimizer": optimizer}
+        brings: dict[str, Any] = {} if optimizer is None else {"optimizer": optimizer}
         return protect(model=model, **brings, data=data)
     assert optimizer is not None
     if cut:

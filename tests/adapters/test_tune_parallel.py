@@ -46,7 +46,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(one.relative_to(folder)): one.read_bytes() for one in sorted(folder.rglob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    ["lora", "parallel", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("dora", "pruned-lora"))],
+)
 def test_a_base_in_shards_changes_no_bit(method: str, file: Path, tmp_path: Path) -> None:
     def work(rank: int) -> list[float]:
         found = []

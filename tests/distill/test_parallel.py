@@ -27,6 +27,7 @@ from . import launched
 
 # Shares of a batch are uneven over 2 ranks, and hidden sizes over 3; quality is looked at after every step.
 TRAINING = Training(tokens=10 * 16 * 5, length=16, batch=5, lr=3e-3, save_every=3, quality_every=1)
+FEW_LOOKS = replace(TRAINING, quality_every=1000)
 CLOSE = {"rel": 1e-4, "abs": 1e-7}
 """Losses in shards and on one rank, over 10 steps: sums in float32 in another order."""
 
@@ -47,8 +48,8 @@ def alone(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     return distill(config(models, out), lambda _: None), out
 
 
-def config(models: tuple[Path, Path], out: Path, parallel: str = "ddp") -> DistillConfig:
-    return DistillConfig(child=models[1], teacher=models[0], out=out, training=TRAINING, held_out=2, parallel=parallel)
+def config(models: tuple[Path, Path], out: Path, parallel: str = "ddp", training: Training = TRAINING) -> DistillConfig:
+    return DistillConfig(child=models[1], teacher=models[0], out=out, training=training, held_out=2, parallel=parallel)
 
 
 def curve(found: Distilled) -> list[float]:
@@ -139,14 +140,14 @@ def test_shards_on_disk_go_on_with_the_same_bits_from_a_step_that_all_have(
     whole, out = tmp_path / "whole", tmp_path / "stopped"
 
     def work(rank: int) -> str:
-        distill(config(models, whole, "fsdp2"), lambda _: None)
+        distill(config(models, whole, "fsdp2", FEW_LOOKS), lambda _: None)
         with pytest.raises(_Stopped):
-            distill(config(models, out, "fsdp2"), stop_at(8))  # there are states of steps 3 and 6
+            distill(config(models, out, "fsdp2", FEW_LOOKS), stop_at(8))  # there are states of steps 3 and 6
         if rank == 1:  # as if it had been killed before it wrote its second one
             (state_folder(out) / "rank-1-of-2" / "state-0.safetensors").unlink()
         dist.barrier()
         said: list[str] = []
-        distill(config(models, out, "fsdp2"), said.append)
+        distill(config(models, out, "fsdp2", FEW_LOOKS), said.append)
         return said[0]
 
     assert run_ranks(tmp_path / "ranks", 2, work) == ["going on from step 3 of 10"] * 2
@@ -171,11 +172,11 @@ def test_a_child_in_shards_learns_from_stored_logits(models: tuple[Path, Path], 
 def test_shards_of_another_number_of_ranks_are_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     def stopped(rank: int) -> None:
         with pytest.raises(_Stopped):
-            distill(config(models, tmp_path / "out", "fsdp2"), stop_at(5))
+            distill(config(models, tmp_path / "out", "fsdp2", FEW_LOOKS), stop_at(5))
 
     def other(rank: int) -> str:
         with pytest.raises(StateMismatchError) as told:
-            distill(config(models, tmp_path / "out", "fsdp2"), lambda _: None)
+            distill(config(models, tmp_path / "out", "fsdp2", FEW_LOOKS), lambda _: None)
         return str(told.value)
 
     run_ranks(tmp_path / "two", 2, stopped)
