@@ -231,6 +231,13 @@ def search(recipe: Path, settings: tuple[str, ...], toy: bool, dry_run: bool, as
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="tokens, length, batch, lr, kl, cosine, …")
 @click.option("--seed", default=0, show_default=True, help="Of the order of the text.")
 @click.option("--logits", type=click.Path(file_okay=False, path_type=Path), help="Keep the teacher's logits here.")
+@click.option(
+    "--parallel",
+    default="ddp",
+    show_default=True,
+    metavar="ddp|fsdp2",
+    help="Under torchrun: whole models on each rank, or in shards.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout.")
 def distill(
@@ -241,6 +248,7 @@ def distill(
     settings: tuple[str, ...],
     seed: int,
     logits: Path | None,
+    parallel: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -252,7 +260,7 @@ def distill(
       refound distill CHILD --teacher MODEL --out better --text bible --text notes.txt --set divergence=jsd
 
     Killed, the same command goes on from the last state, with the bits of the undisturbed run. The settings:
-    docs/search.md.
+    docs/search.md. Several ranks: torchrun --standalone --logs-specs=refound --nproc-per-node=2 -m refound distill …
     """
     from .distill.config import DistillConfig, read_training
     from .distill.packages import require
@@ -267,6 +275,7 @@ def distill(
         seed=seed,
         logits=logits,
         overwrite=overwrite,
+        parallel=parallel,
     )
     from .distill.loop import run_distillation
 

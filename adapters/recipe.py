@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from ..distill.parallel import parallel_problem
 from ..distill.tables import Variants, read_raw, read_table, read_value
 from ..export.engines import find_engines
 from ..export.errors import ExportUsageError
@@ -54,6 +55,8 @@ class Train:
     """Steps between two states on disk, where torchrun keeps none in memory."""
     dtype: str = "float32"
     """Of the base while it is trained on: float32 or bfloat16. Adapters are float32."""
+    parallel: str = "ddp"
+    """ddp: the base whole on every rank of torchrun; fsdp2: in shards. The result is the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,13 @@ def check(recipe: TuneRecipe) -> list[str]:
         problems.append(f"train.schedule is {train.schedule!r}, none of linear, cosine")
     if train.dtype not in ("float32", "bfloat16"):
         problems.append(f"train.dtype is {train.dtype!r}, none of float32, bfloat16")
+    if problem := parallel_problem(train.parallel, ("ddp", "fsdp2")):
+        problems.append(f"train.{problem}")
+    if train.parallel != "ddp" and recipe.loss.fait.enabled and recipe.loss.fait.dynamic:
+        problems.append(
+            "loss.fait.dynamic runs the base once more on ranks that have pairs in their batch, and a base in shards "
+            'needs all ranks for each run: set loss.fait.dynamic = false or train.parallel = "ddp"'
+        )
     if "{prompt}" not in data.template:
         problems.append("data.template has no {prompt}")
     if not data.sources:

@@ -22,7 +22,7 @@ from ..distill.exclusive import only_one
 from ..distill.follow import Course, Follower, TrainedPart
 from ..distill.loop import eos_of
 from ..distill.proven import read_proven
-from ..distill.ranks import on_every_rank
+from ..distill.ranks import on_every_rank, world_size
 from ..distill.resume import STATE, state_folder
 from ..distill.texts import open_tokenizer, pack
 from ..export.atomic import require_absent
@@ -153,12 +153,16 @@ class _Run:
         self._eos = _eos(self._base)
         self._samples, self._held_out = make_samples(recipe, self._base, self._eos)
         told = {key: value for key, value in recipe.to_json().items() if key not in ("out", "engines")}
+        del told["train"]["parallel"]  # which changes no bit of the result
         data = [[one.content() for one in part] for part in (self._samples, self._held_out)]
         self.digest = digest([told, self._base.fingerprint(), data])
-        model = load_model(self._base, dtype=getattr(torch, recipe.train.dtype))
+        model = self._load()
         self._size = sum(parameter.numel() for parameter in model.parameters())
         self._attached: Attached = recipe.method.attach(model, seed=recipe.seed)
         refuse_engines(recipe, self._base, self._attached)
+
+    def _load(self) -> torch.nn.Module:
+        return load_model(self._base, dtype=getattr(torch, self._recipe.train.dtype))
 
     @property
     def _steps(self) -> int:
@@ -208,7 +212,12 @@ class _Run:
         )
 
     def train(self, out: Path, progress: Progress, *, overwrite: bool) -> Tuned:
-        course = self._course
+        course, served = self._course, self._served
+        sharded = self._recipe.train.parallel == "fsdp2" and world_size() > 1
+        if sharded:
+            from .sharded_base import shard_base
+
+            shard_base(self._attached)
         before = self._measure()
         part = TrainedPart(self._attached.trained(), self._attached.changing())
         samples = len(self._samples)
@@ -228,17 +237,30 @@ class _Run:
             trained=self._trained,
             before=before,
             after=after,
-            served=self._served,
+            served=served,
         )
         if not dist.is_initialized() or dist.get_rank() == 0:
             state = digest([self.digest, course])  # as Follower calls it
             tuned = write_tuned(
-                self._recipe, self._base, self._attached, tuned, run=self.digest, state=state, overwrite=overwrite
+                self._recipe,
+                self._base,
+                self._whole() if sharded else self._attached,
+                tuned,
+                run=self.digest,
+                state=state,
+                overwrite=overwrite,
             )
         if dist.is_initialized():
             dist.barrier()  # what a rank has not written yet may still be lost, and is restored
         follower.close()
         return tuned
+
+    def _whole(self) -> Attached:
+        """What was trained, on a base that is not in shards: to be written, and read for it."""
+        from .sharded_base import copy_trained
+
+        copy_trained(self._attached, fresh := self._recipe.method.attach(self._load(), seed=self._recipe.seed))
+        return fresh
 
     def _hooks(self) -> list[Hook]:
         hooks: list[Hook] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DistillUsageError
+from .parallel import parallel_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,13 @@ class DistillConfig:
     stored: int = 64
     """Logits that are kept of a token."""
     overwrite: bool = False
+    parallel: str = "ddp"
+    """How ranks share the models: see `parallel`."""
 
     def __post_init__(self) -> None:
         problems = self.training.problems("training")
+        if problem := parallel_problem(self.parallel):
+            problems.append(problem)
         if not self.sources:
             problems.append("name at least one text")
         if self.training.tokens and self.training.tokens < self.training.length * self.training.batch:

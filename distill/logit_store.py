@@ -60,6 +60,11 @@ class LogitStore:
     def path(self, shard: int) -> Path:
         return self._folder / f"logits-{self._key}-{shard:05d}.safetensors"
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing is left to be asked."""
+        return all(self.path(number).is_file() for number in range(-(-len(self) // SHARD_WINDOWS)))
+
     def fill(self, model: Any, progress: Callable[[str], None]) -> None:
         """Ask the teacher for what is not there yet.
 

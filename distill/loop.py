@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Global distillation: the whole child against the whole teacher, over text that comes exactly once.
 
-Runs alone (`refound distill …`) or on several ranks under torchrun, each with whole models and its share of every
-batch. Killed, it goes on where it was: see `resume`. The result is a model directory beside the child's.
+Runs alone (`refound distill …`) or on several ranks under torchrun, each with its share of every batch, and with whole
+models or its part of them: see `parallel`. Killed, it goes on where it was: see `resume`. The result is a model
+directory beside the child's.
 """
 
 import json
@@ -22,9 +23,10 @@ from .config import DistillConfig, digest
 from .errors import DistillUsageError, DivergedError, TextError
 from .logit_store import LogitStore, stored_kl
 from .losses import cosine_distance, find_divergence
-from .models import load, open_blocks, positions_of, states_of, weights_of
+from .models import load, open_blocks, positions_of, states_of
+from .parallel import Parallel, Replicated, find_parallel
 from .quality import Quality, measure
-from .ranks import average_gradients, on_every_rank
+from .ranks import is_first, on_every_rank
 from .resume import guard, state_folder
 from .save import RECORD, save_model
 from .texts import open_tokenizer, pack
@@ -95,32 +97,32 @@ def distill(config: DistillConfig, progress: Progress, *, alone: bool = False) -
     windows = torch.from_numpy(pack(config.sources, "train", count=max(steps, 1) * training.batch, **lengths))
     held_out = torch.from_numpy(pack(config.sources, "test", count=config.held_out, **lengths))
     stored = config.stored if config.logits is not None else 0
-    run = digest(
-        [digest(config.training), config.sources, config.seed, stored, child.fingerprint(), teacher.fingerprint()]
-    )
+    told = [digest(config.training), config.sources, config.seed, stored, child.fingerprint(), teacher.fingerprint()]
+    run = digest(told if config.parallel == "ddp" else [*told, config.parallel])
     if (done := _finished(config, run)) is not None:
         progress(f"{config.out} is the result of this very run already")
         return done
     require_absent(config.out, overwrite=config.overwrite)
-    model = load(teacher)
+    parallel = Replicated() if alone else find_parallel(config.parallel)
     store = None
     if config.logits is not None:
         store = LogitStore(config.logits, teacher=teacher.fingerprint(), windows=windows, k=config.stored)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            store.fill(model, progress)
+        if is_first() and not store.full:
+            store.fill(load(teacher), progress)
         if dist.is_initialized():
             dist.barrier()
-    loop = Loop(config, load(child).requires_grad_(True), model, windows, held_out, run, store, alone=alone)
+    model, learner = parallel.load(teacher, trained=False), parallel.load(child, trained=True)
+    loop = Loop(config, learner, model, windows, held_out, run, store, alone=alone, parallel=parallel)
     outcome = loop.run(steps, progress)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    stored = next(iter(child.tensors.values())).dtype
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
+    weights = parallel.gather(loop.child, child.decoder.tensors(), dtype)
+    if is_first():
         record = {
             "source": {"path": str(child.path.absolute()), "sha256": child.fingerprint()},
             "teacher": {"path": str(teacher.path.absolute()), "sha256": teacher.fingerprint()},
             "distilled": {"run": run, **outcome.to_json()},
         }
-        stored = next(iter(child.tensors.values())).dtype
-        dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
-        weights = {name: tensor.to(dtype) for name, tensor in weights_of(loop.child, child.decoder).items()}
         save_model(config.out, child.decoder, weights, companions_of=child, record=record, overwrite=config.overwrite)
     if dist.is_initialized():
         dist.barrier()  # what a rank has not written yet may still be lost, and is restored
@@ -165,6 +167,7 @@ def _check_alike(child: ModelDirectory, teacher: ModelDirectory) -> None:
 class Loop:
     """The steps of one distillation. What of the child has gradients is trained.
 
+    child, teacher: as `parallel` has loaded them. parallel: whole on each rank, if not given.
     auxiliary: a loss of the pass just made, added to the others; None: there is none.
     """
 
@@ -180,8 +183,9 @@ class Loop:
         *,
         alone: bool,
         auxiliary: Callable[[], torch.Tensor] | None = None,
+        parallel: Parallel | None = None,
     ) -> None:
-        self._store, self._auxiliary = store, auxiliary
+        self._store, self._auxiliary, self._parallel = store, auxiliary, parallel or Replicated()
         self.child, self.teacher = child, teacher
         self._trained = [parameter for parameter in child.parameters() if parameter.requires_grad]
         self._config, self._training = config, config.training
@@ -195,17 +199,19 @@ class Loop:
             beta=training.beta,
             temperature=training.temperature,
         )
-        self.before = measure(self.child, self.teacher, held_out)
+        self.before = self._measure()
         self._optimizer = torch.optim.AdamW(self._trained, lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self._data = Position(len(windows), batch=training.batch, seed=config.seed)
+        model, optimizer = self._parallel.begin(self.child, self._optimizer)
         self._guard = guard(
             state_folder(config.out),
             run=run,
             every=training.save_every,
-            model=self.child,
-            optimizer=self._optimizer,
+            model=model,
+            optimizer=optimizer,
             data=self._data,
             alone=alone,
+            cut=self._parallel.cut,
         )
 
     def close(self) -> None:
@@ -227,28 +233,32 @@ class Loop:
                 looks = done * tokens_a_step // training.quality_every
                 if looks > seen or done == steps:
                     seen = looks
-                    curve.append((done * tokens_a_step, measure(self.child, self.teacher, self._held_out)))
+                    curve.append((done * tokens_a_step, self._measure()))
                     progress(f"after {done * tokens_a_step:,} tokens: {curve[-1][1]}")
                 if done >= steps:
                     break
-        after = curve[-1][1] if len(curve) > 1 else measure(self.child, self.teacher, self._held_out)
+        after = curve[-1][1] if len(curve) > 1 else self._measure()
         return Distilled(steps=steps, tokens=steps * tokens_a_step, before=self.before, after=after, curve=tuple(curve))
+
+    def _measure(self) -> Quality:
+        found = measure(self.child, self.teacher, self._held_out)
+        self._parallel.settle(self.child)
+        return found
 
     def _step(self, numbers: list[int], steps: int) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._training, self._guard.step, steps)
-        loss = self._loss(self._windows[numbers]) if self._store is None else self._stored_loss(numbers, self._store)
+        loss = self._parallel.loss(lambda: self._any_loss(numbers))
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"the loss is {loss.item()} at step {self._guard.step + 1}; the state before it is kept. Lower lr "
                 f"(it is {self._training.lr})"
             )
-        (loss * self._data.weight).backward()
-        average_gradients(self._trained)
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._parallel.step(loss * self._data.weight, self._optimizer, self._trained)
         return loss.item()
+
+    def _any_loss(self, numbers: list[int]) -> torch.Tensor:
+        return self._loss(self._windows[numbers]) if self._store is None else self._stored_loss(numbers, self._store)
 
     def _stored_loss(self, numbers: list[int], store: LogitStore) -> torch.Tensor:
         states = states_of(self.child, self._windows[numbers], self._positions)

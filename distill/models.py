@@ -57,18 +57,28 @@ def build(decoder: Decoder, weights: Mapping[str, torch.Tensor], *, dtype: torch
     Raises:
         ValueError: if a weight is missing or one too many.
     """
-    config = config_of(decoder)
-    config.dtype = dtype
-    with torch.device("meta"):
-        model = DeciLMForCausalLM(config)
+    model = skeleton(decoder, dtype=dtype)
     if weights.keys() != decoder.tensors().keys():
         odd = sorted(weights.keys() ^ decoder.tensors().keys())
         raise ValueError(f"the weights do not fit the decoder: {', '.join(odd[:4])}")
+    complete(model, decoder, weights)
+    return model.eval().requires_grad_(False)
+
+
+def skeleton(decoder: Decoder, *, dtype: torch.dtype) -> DeciLMForCausalLM:
+    """The modules of a model, their weights without storage."""
+    config = config_of(decoder)
+    config.dtype = dtype
+    with torch.device("meta"):
+        return DeciLMForCausalLM(config)
+
+
+def complete(model: DeciLMForCausalLM, decoder: Decoder, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a skeleton these weights, and what is no weight."""
     model.load_state_dict(dict(weights), strict=False, assign=True)
     if decoder.tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # not a weight, so it was left without storage
-    return model.eval().requires_grad_(False)
+    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)  # not a weight, so it was left without storage
 
 
 def weights_of(model: DeciLMForCausalLM, decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -81,7 +91,8 @@ def positions_of(model: DeciLMForCausalLM, length: int) -> Positions:
     """For windows of `length` tokens that start at position 0."""
     weight = model.model.embed_tokens.weight
     ids = torch.arange(length, device=weight.device)[None]
-    cosines, sines = model.model.rotary_emb(weight[:1, None], position_ids=ids)
+    # of the tensor it looks at the type and the device alone; a slice of a sharded weight would cost a gather
+    cosines, sines = model.model.rotary_emb(torch.empty(0, dtype=weight.dtype, device=weight.device), position_ids=ids)
     return cosines, sines
 
 
@@ -103,8 +114,14 @@ def layer_output(layer: Any, hidden: torch.Tensor, positions: Positions) -> torc
     return hidden + ffn_output(layer, hidden)
 
 
+PASS = "states_by_layers"
+"""A method that a model in shards has, and computes `states_of` with."""
+
+
 def states_of(model: DeciLMForCausalLM, ids: torch.Tensor, positions: Positions) -> list[torch.Tensor]:
     """The residual stream before the first layer and after each one: layers + 1 times (batch, length, hidden)."""
+    if (by_layers := getattr(model, PASS, None)) is not None:
+        return by_layers(ids, positions)
     states = [model.model.embed_tokens(ids)]
     for layer in model.model.layers:
         states.append(layer_output(layer, states[-1], positions))

@@ -28,6 +28,16 @@ def on_every_rank(work: Callable[[Progress], T], progress: Progress) -> T | None
         dist.destroy_process_group()
 
 
+def world_size() -> int:
+    """1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the rank that speaks and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Over the ranks, in place. What no rank has a gradient for gets none: AdamW would count a step for it.
 
