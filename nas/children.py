@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Children: put together from the teacher and the library, measured as a whole, written as model directories."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,11 @@ def weights_of(teacher: Teacher, child: Decoder, store: Store) -> dict[str, torc
     for layer, part, block in replaced(teacher.source.decoder, child):
         tensors, _ = store.read(library_job(teacher, layer, part, block))
         changed |= {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-    kept = [name for name in child.tensors() if name not in changed]
-    return changed | dict(teacher.source.weights(kept))
+    own = teacher.source.decoder.tensors()
+    kept = [name for name in child.tensors() if name not in changed and name in own]
+    changed |= dict(teacher.source.weights(kept))
+    missing = {name: spec for name, spec in child.tensors().items() if name not in changed}  # biases, of zeros
+    return changed | {name: torch.zeros(spec.shape, dtype=teacher.dtype) for name, spec in missing.items()}
 
 
 def realize(
@@ -99,9 +103,7 @@ def measure_speed(
     teacher: Teacher, child: Decoder, store: Store, predicted: Mapping[str, Times], base: Mapping[str, Times]
 ) -> dict[str, Speed]:
     """By workload. predicted, base: of the child and of the teacher, by the cost table."""
-    widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
-    model: Any = build(child, widened, dtype=torch.float32)
-    model.to(teacher.device)
+    model = _running(teacher, child, store).to(teacher.device)
     costs = teacher.recipe.costs
     found = {}
     with threads(costs.threads):
@@ -115,6 +117,20 @@ def measure_speed(
                 predicted_teacher=base[workload.name],
             )
     return found
+
+
+def _running(teacher: Teacher, child: Decoder, store: Store) -> Any:
+    """The child as transformers runs it, in float32: where it has experts, what a token takes alone is computed."""
+    if not child.moe_layers:
+        widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
+        return build(child, widened, dtype=torch.float32)
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(dir=store.root, prefix="child-") as folder:
+        path = Path(folder) / "model"
+        realize(teacher, child, store, path, record={}, overwrite=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return model.eval().requires_grad_(False)
 
 
 def quality_json(quality: Quality | None) -> dict[str, Any] | None:
