@@ -14,6 +14,7 @@ traffic is more than that of an all-to-all. DTensors are what `protect` takes sn
 train so yet.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,18 +45,14 @@ class ParallelExperts(nn.Module):
         self.mesh, self.top_k, self.normalized, self.experts = mesh, whole.top_k, whole.normalized, whole.experts
         self.width, self.shared = whole.width, whole.shared
         first, trained = whole.shared, whole.gate.requires_grad
-        rows, columns = [Shard(0)], [Shard(1)]
+        own = partial(nn.Parameter, requires_grad=trained)
         # contiguous: a slice by columns would keep the whole matrix alive
-        parts = {
-            "gate": distribute_tensor(whole.gate.data[first:].contiguous(), mesh, rows),
-            "up": distribute_tensor(whole.up.data[first:].contiguous(), mesh, rows),
-            "down": distribute_tensor(whole.down.data[:, first:].contiguous(), mesh, columns),
-            "shared_rows_gate": whole.gate.data[:first].clone(),
-            "shared_rows_up": whole.up.data[:first].clone(),
-            "shared_rows_down": whole.down.data[:, :first].clone(),
-        }
-        for name, tensor in parts.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
+        self.gate = own(distribute_tensor(whole.gate.data[first:].contiguous(), mesh, [Shard(0)]))
+        self.up = own(distribute_tensor(whole.up.data[first:].contiguous(), mesh, [Shard(0)]))
+        self.down = own(distribute_tensor(whole.down.data[:, first:].contiguous(), mesh, [Shard(1)]))
+        self.shared_rows_gate = own(whole.gate.data[:first].clone())
+        self.shared_rows_up = own(whole.up.data[:first].clone())
+        self.shared_rows_down = own(whole.down.data[:, :first].clone())
         self.router = nn.Parameter(whole.router.data.clone(), requires_grad=whole.router.requires_grad)
         gate = whole.shared_gate
         self.shared_gate = None if gate is None else nn.Parameter(gate.data.clone(), requires_grad=gate.requires_grad)
