@@ -4,7 +4,9 @@
     python benchmarks/moe.py [--json] [--tiny] [--tokens N] [--calibration N] [--out DIR] [--only STAGE]
 
 Identities: all of 8 experts active, written in each layout, run by transformers in float32 beside the dense model; the
-largest logit difference on held-out text, and its largest logit for scale.
+largest logit difference on held-out text, and its largest logit for scale. Then exported for llama.cpp and vLLM, where
+they are installed (`make engines`) and take the layout, and run there in float32: greedy tokens that are the dense
+model's in transformers, and the largest difference of their log-probabilities.
 
 Splits: half of each FFN active, trained on the same tokens by the same loop, then KL(dense || carved) on the same
 held-out windows. Ours takes 8 of 16 experts of 96 channels. `random` differs from it in the split alone: its gates are
@@ -140,7 +142,7 @@ def identity_figures(dense: Path, sizes: Sizes, out: Path) -> list[dict[str, Any
     from refound.nas.moe.calibration import windows_of
     from refound.nas.moe.carve import run_carve
 
-    rows, wanted, ids = [], None, None
+    rows, wanted, ids, reference = [], None, None, None
     for layout in ("mixtral", "qwen2_moe", "qwen3_moe"):
         own = config(
             dense,
@@ -156,11 +158,57 @@ def identity_figures(dense: Path, sizes: Sizes, out: Path) -> list[dict[str, Any
             ids = windows_of(open_directory(dense), own, "test", 2)
             wanted = logits_of(dense, ids)
             rows.append(figure("largest logit of the dense model", wanted.abs().max().item(), ""))
-        off = (logits_of(run_carve(own, say).path, ids) - wanted).abs().max() / wanted.abs().max()
+            reference = greedy("transformers", dense, dense)
+        carved = run_carve(own, say).path
+        off = (logits_of(carved, ids) - wanted).abs().max() / wanted.abs().max()
         parts = 1e6 * off.item()
         name = f"all experts in {layout}: largest logit difference"
         rows.append(figure(name, parts, "millionths of the largest", "<= 20", parts <= 20))
+        rows += [row for engine in ("llama.cpp", "vllm") for row in served_figures(engine, dense, carved, reference)]
     return rows
+
+
+def greedy(engine: str, dense: Path, served: Path) -> Any:
+    """(the engine's version, what it answers to the dense model's prompts)."""
+    from refound.export.directory import open_directory
+    from refound.export.proof import make_prompts, run_engine
+
+    answer = run_engine(engine, [served], make_prompts(open_directory(dense)))
+    return answer["version"], answer["models"][0]
+
+
+def served_figures(engine: str, dense: Path, carved: Path, reference: Any) -> list[dict[str, Any]]:
+    """The carved model in an engine against the dense one in transformers; none where the engine is not to be had."""
+    from refound.export.environments import engine_python
+    from refound.export.errors import EngineFitError
+    from refound.export.plan import ExportConfig
+    from refound.export.proof import TOLERANCES, compare
+    from refound.export.run import export_model
+
+    layout = carved.name.removeprefix("identity-")
+    if not engine_python(engine):
+        say(f"{engine} is not installed here: {layout} is not served by it")
+        return []
+    with tempfile.TemporaryDirectory(prefix="refound-identity-") as folder:
+        wanted = ExportConfig(model=carved, engines=(engine,), out=Path(folder, "export"), verify=False)
+        try:
+            (done,) = export_model(wanted, say)
+        except EngineFitError as error:
+            say(f"{layout} is not for {engine}: {error}")
+            return []
+        version, found = greedy(engine, dense, done.part.model_path)
+    told = compare(engine, version, reference[1], found, TOLERANCES["f32"])
+    total, name = told.prompts * told.tokens_each, f"all experts in {layout} by {engine}"
+    return [
+        figure(
+            f"{name}: greedy tokens that are the dense model's",
+            told.equal_tokens / total,
+            "",
+            "all but ties",
+            told.holds,
+        ),
+        figure(f"{name}: largest difference of log-probabilities", told.logprob_difference or 0.0, "nats"),
+    ]
 
 
 def logits_of(path: Path, ids: Any) -> Any:

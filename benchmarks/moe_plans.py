@@ -4,7 +4,8 @@
     python benchmarks/moe_plans.py [--json] [--trace FILE] [--keep DIR] [--tokens N] [--unbiased]
 
 Without --trace the routing is that of `_routing.py`: SmolLM2-135M's own FFN channels in 16 experts, on text that they
-were not made on, each token's strongest 1, 2 and 4. With --trace it is that of a carved model (`refound trace`).
+were not made on, each token's strongest 1, 2 and 4. No router chose these, so every row of them begins with `oracle
+routing`. With --trace it is the routing of a carved model (`refound trace`), and rows begin with `traced routing`.
 4 devices for the placement, 5 slots a layer for caches, 64 tokens of look-ahead.
 """
 
@@ -45,7 +46,7 @@ def traces(options: argparse.Namespace) -> list[tuple[str, Any]]:
 
     if options.trace:
         trace = read_trace(options.trace)
-        return [(f"top {trace.top_k} of {trace.experts}", trace)]
+        return [(f"traced routing, top {trace.top_k} of {trace.experts}", trace)]
     from _routing import energies, routing
 
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +55,7 @@ def traces(options: argparse.Namespace) -> list[tuple[str, Any]]:
     for top_k in (1, 2, 4):
         choice = routing(made, top_k, unbiased=options.unbiased)
         trace = RoutingTrace(model="0" * 64, experts=16, choice=choice, tokens=made["tokens"], starts=made["starts"])
-        found.append((f"top {top_k} of 16", trace))
+        found.append((f"oracle routing, top {top_k} of 16", trace))
     return found
 
 

@@ -2,8 +2,8 @@
 """How often an agent that waits in a round of torch's rendezvous looks whether it goes on.
 
 torch's agents look once a second, and do so at least twice in a round: when the old one is left, and when the new one
-is full. That is most of a restart whose workers are warm. The second is there to spare the store, so it may be shorter
-where few agents ask.
+is full; and what they have seen counts for a second. That is most of a restart whose workers are warm. The second is
+there to spare the store, so it may be shorter where few agents ask.
 """
 
 from time import sleep
@@ -20,16 +20,17 @@ def wait_between_looks_s(nodes: int) -> float:
     return min(_TORCHS_S, max(_SHORTEST_S, nodes / _LOOKS_A_SECOND))
 
 
-def look_often(dynamic_rendezvous: Any, nodes: int) -> None:
-    """Have the agent in this process look that often. dynamic_rendezvous: torch's module, as it is or changed before.
+def look_often(dynamic_rendezvous: Any, handler: Any, nodes: int) -> None:
+    """Have the agent in this process look that often, at what is newest. A torch that waits in another way is left.
 
-    A torch that waits in another way is left as it is.
+    dynamic_rendezvous: torch's module, as it is or changed before. handler: of that module, one of `nodes`.
     """
-    found = getattr(dynamic_rendezvous, "_delay", None)
-    if found is None:
+    found, seen = getattr(dynamic_rendezvous, "_delay", None), getattr(handler, "_state_holder", None)
+    if found is None or not hasattr(seen, "_cache_duration"):
         return
     torchs = getattr(found, "torchs", found)
     seconds_between = wait_between_looks_s(nodes)
+    seen._cache_duration = seconds_between  # type: ignore[union-attr]
 
     def delay(seconds: float | tuple[float, float]) -> None:
         if seconds == _TORCHS_S:

@@ -103,7 +103,7 @@ def create_handler(params: RendezvousParameters) -> "RefoundRendezvous":
             raise RendezvousConnectionError(f"the rendezvous store at {params.endpoint} went away") from error
         backend = c10d_rendezvous_backend.C10dRendezvousBackend(store, params.run_id)
     handler = dynamic_rendezvous.create_handler(store, backend, inner)
-    look_often(dynamic_rendezvous, params.max_nodes)
+    look_often(dynamic_rendezvous, handler, params.max_nodes)
     moving = store if isinstance(store, MovingStore) else None
     return RefoundRendezvous(handler, attachment, address, moving, first)
 

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from ..distill.models import config_of
 from ..export.architecture import FFN, Attention, Decoder, Layer
 from ..export.remote.modeling_decilm import LinearAttention, LinearMLP, NoAttention, Nothing
+from .experts import NamedMixture, in_layout
 from .formats import Block
 
 Part = Literal["attention", "ffn"]
@@ -58,7 +59,7 @@ def shapes(teacher: Decoder, block: Block) -> dict[str, tuple[int, ...]]:
     nothing = Layer(attention=Attention(kind="none"), ffn=FFN(kind="none"))
     layer = replace(nothing, **{part_of(block): block})  # type: ignore[arg-type]
     prefix = "model.layers.0."
-    specs = replace(teacher, layers=(layer,)).tensors()
+    specs = in_layout(replace(teacher, layers=(layer,))).tensors()
     return {name.removeprefix(prefix): spec.shape for name, spec in specs.items() if name.startswith(prefix)}
 
 
@@ -83,6 +84,8 @@ def make(teacher: Decoder, block: Block) -> Module:
             return Module("ffn", norm, LlamaMLP(config))
         if block.kind == "linear":
             return Module("ffn", norm, LinearMLP(config))
+        if block.kind == "moe":
+            return Module("ffn", norm, NamedMixture(block, config.hidden_size))
         return Module("ffn", nn.Identity(), Nothing())
 
 

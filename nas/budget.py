@@ -14,9 +14,10 @@ from typing import Literal
 from .errors import RecipeError
 from .recipe import Workload
 
-Quantity = Literal["parameters", "memory", "latency", "first_token", "throughput"]
+Quantity = Literal["parameters", "active", "memory", "latency", "first_token", "throughput"]
 QUANTITIES: dict[str, str] = {
     "parameters": "",
+    "active": "",
     "memory": "B",
     "latency": "s",
     "first_token": "s",
@@ -77,9 +78,10 @@ def _parse(name: str, text: str, workloads: Sequence[str]) -> Limit:
         near = difflib.get_close_matches(quantity, QUANTITIES, n=1)
         hint = f", did you mean {near[0]!r}?" if near else ""
         raise RecipeError(f"budget.{name} is none of {', '.join(QUANTITIES)}{hint}")
-    if quantity == "parameters" and workload:
+    without = quantity in ("parameters", "active")  # active: those that a token takes
+    if without and workload:
         raise RecipeError(f"budget.{name}: parameters are the same for every workload")
-    if quantity != "parameters":
+    if not without:
         if not workload and len(workloads) == 1:
             workload = workloads[0]
         if workload not in workloads:
@@ -119,7 +121,7 @@ def row_limit(limit: Limit, teacher: float, workload: Workload | None) -> float:
 
 def amount_text(quantity: str, value: float) -> str:
     """A row's sum as people read it."""
-    if quantity == "parameters":
+    if quantity in ("parameters", "active"):
         return f"{value / 1e6:.2f}M" if value >= 1e5 else f"{value:.0f}"
     if quantity == "memory":
         return f"{value / 1e6:.2f} MB"

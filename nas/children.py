@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Children: put together from the teacher and the library, measured as a whole, written as model directories."""
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,11 @@ def weights_of(teacher: Teacher, child: Decoder, store: Store) -> dict[str, torc
     for layer, part, block in replaced(teacher.source.decoder, child):
         tensors = tensors_of(teacher, layer, part, block, store)
         changed |= {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-    kept = [name for name in child.tensors() if name not in changed]
-    return changed | dict(teacher.source.weights(kept))
+    own = teacher.source.decoder.tensors()
+    kept = [name for name in child.tensors() if name not in changed and name in own]
+    changed |= dict(teacher.source.weights(kept))
+    missing = {name: spec for name, spec in child.tensors().items() if name not in changed}  # biases, of zeros
+    return changed | {name: torch.zeros(spec.shape, dtype=teacher.dtype) for name, spec in missing.items()}
 
 
 def realize(
@@ -142,9 +146,7 @@ def times_here(teacher: Teacher, child: Decoder, store: Store) -> dict[str, list
 
     Weights are computed with in float32, as transformers does after it has unpacked those that are rounded.
     """
-    widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
-    model: Any = build(source_decoder(child), widened, dtype=torch.float32)
-    model.to(teacher.device)
+    model = _running(teacher, child, store).to(teacher.device)
     costs = teacher.recipe.costs
     found = {}
     with threads(costs.threads):
@@ -162,6 +164,20 @@ def speeds(
         name: Speed(teacher=median(own), child=median(other), predicted=predicted[name], predicted_teacher=base[name])
         for name, (own, other) in measured.items()
     }
+
+
+def _running(teacher: Teacher, child: Decoder, store: Store) -> Any:
+    """The child as transformers runs it, in float32: where it has experts, what a token takes alone is computed."""
+    if not child.moe_layers:
+        widened = {name: tensor.float() for name, tensor in weights_of(teacher, child, store).items()}
+        return build(source_decoder(child), widened, dtype=torch.float32)
+    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(dir=store.root, prefix="child-") as folder:
+        path = Path(folder) / "model"
+        realize(teacher, child, store, path, record={}, overwrite=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return model.eval().requires_grad_(False)
 
 
 def quality_json(quality: Quality | None) -> dict[str, Any] | None:

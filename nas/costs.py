@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..distill.models import build
-from ..export.architecture import Attention, Decoder, Layer
-from .blocks import Module, fill, make, part_of, shapes
+from ..export.architecture import FFN, Attention, Decoder, Layer
+from .blocks import Module, fill, make, parameters, part_of, shapes
+from .experts import bias_parameters, idle_parameters, served_body
 from .formats import Block, rounding_in, source_of, stored_bytes
 from .jobs import Job, Result
 from .recipe import TORCH, Recipe, Workload
@@ -27,6 +29,7 @@ from .space import SearchSpace, name_of
 from .speed import Times, by_turns, measure_once, median, threads
 
 METHOD = 1
+_NORM = "post_attention_layernorm.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,9 @@ class CostMeter:
 
     def _random(self, block: Block, layer: int) -> Module:
         module = make(self._teacher, block)
+        if isinstance(block, FFN) and block.kind == "moe":  # in the way that computes only what a token takes
+            norm = fill(Module("ffn", module.norm, nn.Identity()), {_NORM: noise((self._teacher.hidden_size,))}).norm
+            return Module("ffn", norm, served_body(self._teacher, block)).moved(self._device)
         fill(module, {name: noise(shape) for name, shape in shapes(self._teacher, block).items()})
         if isinstance(block, Attention) and block.kind == "grouped":
             module.body.layer_idx = layer  # type: ignore[assignment]  # its place in the cache
@@ -184,6 +190,16 @@ def read_table(teacher: Decoder, found: Sequence[tuple[Block, dict[str, Any]]]) 
     for block, _ in own:
         blocks[part_of(block), name_of(block)] = dict.fromkeys(names, nothing)
     return CostTable(base=base, base_times=times, blocks=blocks)
+
+
+def active_parameters(teacher: Decoder, block: Block) -> int:
+    """Those that a token takes: all but those of the experts that it does not."""
+    return parameters(teacher, block) - idle_parameters(block, teacher.hidden_size)
+
+
+def kind_parameters(teacher: Decoder, attention: Attention, kind: str) -> int:
+    """What a layer of a child of this kind has beside its subblocks: zeros that the layout of experts insists on."""
+    return bias_parameters(teacher, attention) if kind else 0
 
 
 def weight_bytes(teacher: Decoder, block: Block, bits: int) -> float:

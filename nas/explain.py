@@ -44,7 +44,7 @@ class Conflict:
 
 def prices(problem: Problem, solution: Solution, *, seconds: float, gap: float) -> list[Price]:
     """One for each row, as they stand in the problem."""
-    duals = _duals(problem)
+    duals = _duals(problem.part_of(solution.choice))
     found = []
     for index, row in enumerate(problem.rows):
         raised = list(problem.rows)
@@ -97,7 +97,7 @@ def explain(problem: Problem, *, seconds: float, gap: float) -> Conflict:
         fewer = [row for row in rows if row != index]
         if fewer and not _feasible(problem, fewer, seconds):
             rows = fewer  # it is not needed for the conflict
-    stretch = _stretch(problem, seconds, gap)
+    stretch = min(_stretch(part, seconds, gap) for part in problem.parts() if part.has_options)
     return Conflict(
         rows=tuple(problem.rows[row].name for row in rows),
         least={problem.rows[row].name: least_of(problem, row) for row in rows},
@@ -108,7 +108,7 @@ def explain(problem: Problem, *, seconds: float, gap: float) -> Conflict:
 
 def _feasible(problem: Problem, rows: list[int], seconds: float) -> bool:
     anything = tuple(np.where(np.isfinite(scores), 0.0, np.inf) for scores in problem.scores)
-    part = Problem(scores=anything, rows=tuple(problem.rows[row] for row in rows))
+    part = replace(problem, scores=anything, rows=tuple(problem.rows[row] for row in rows))
     return solve(part, seconds=seconds, gap=1.0) != "infeasible"
 
 

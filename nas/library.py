@@ -15,6 +15,7 @@ import torch
 
 from ..distill.losses import normalized_mse
 from ..export.architecture import FFN, Attention
+from . import experts
 from .activations import CHUNK_WINDOWS, LayerData
 from .attention_init import captured, head_scores, pooled, pruned
 from .blocks import PARTS, Module, Part, fill, make
@@ -70,9 +71,13 @@ def variant_job(teacher: Teacher, layer: int, part: Part, block: Block) -> Job:
 
 
 def library_job(teacher: Teacher, layer: int, part: Part, block: Block) -> Job:
+    own: dict[str, Any] = {}
+    if isinstance(block, FFN) and block.kind == "moe":
+        own = {"experts": experts.METHOD, "split": experts.SPLIT, "router": asdict(experts.RouterTraining())}
     return Job(
         kind="library",
         key={
+            **own,
             "method": METHOD,
             "teacher": teacher.fingerprint,
             "text": text_digest(teacher.train),
@@ -103,12 +108,14 @@ class LibraryMaker:
         self._kept: dict[int, torch.Tensor] = {}
         self._grams: dict[str, torch.Tensor] = {}
         self._nested: dict[int, dict[str, torch.Tensor]] = {}
+        self._told: dict[str, Any] = {}
 
     def compute(self, layer: int, part: Part, block: Block) -> Result:
         """The variant's weights by their names within a layer, in the teacher's type; its losses as facts."""
         if block.kind == "none":
             return {}, {"loss": 1.0, "start": 1.0}
         data = self._layer(layer)
+        self._told = {}
         # copies: what is trained in place must not be the teacher's own
         begin = {name: tensor.clone() for name, tensor in self._start(data, block).items()}
         module = fill(make(self._teacher.source.decoder, block), begin).moved(self._teacher.device)
@@ -127,7 +134,7 @@ class LibraryMaker:
         bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if bad:
             return {}, {"infeasible": f"{bad[0]} came out as NaN or infinity"}
-        return weights, {"loss": loss, "start": start}
+        return weights, {"loss": loss, "start": start, **self._told}
 
     def _layer(self, index: int) -> LayerData:
         if self._data is None or self._data.index != index:
@@ -142,6 +149,12 @@ class LibraryMaker:
             return self._linear(data, block, weights)
         if isinstance(block, Attention):
             return self._fewer_heads(data, block, weights)
+        if block.kind == "moe":
+            recipe, teacher = self._teacher.recipe, self._teacher.source.decoder
+            begin, self._told = experts.carve(
+                teacher, block, data, weights, ridges=recipe.library.ridge, seed=recipe.seed
+            )
+            return begin
         return self._narrower(data, block, weights)
 
     def _narrower(self, data: LayerData, block: FFN, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -241,6 +254,8 @@ class LibraryMaker:
                 group["lr"] = settings.lr * (1 - step / settings.steps)
             rows = [(step * settings.batch + row) % usable for row in range(min(settings.batch, usable))]
             loss = normalized_mse(self._answer(data, part, module, inputs[rows]), targets[rows])
+            if isinstance(body, experts.MoeFFN) and body.balance is not None:
+                loss = loss + experts.BALANCE * body.balance
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..export.architecture import Decoder, Layer
+from ..export.architecture import Attention, Decoder, Layer
 from .blocks import parameters, part_of
 from .budget import Limit, parse_limits, row_limit
 from .compose import Composition
-from .costs import CostTable, cache_bytes, weight_bytes
+from .costs import CostTable, active_parameters, cache_bytes, kind_parameters, weight_bytes
 from .formats import Block
 from .recipe import Recipe, Workload
 from .solver import Choice, Problem, Row
@@ -58,7 +58,7 @@ class Programme:
             for budget, costs in zip(self.budgets, self._costs, strict=True)
         )
         scores = tuple(self._layer_scores(index, composition) for index in range(len(self.space.layers)))
-        return Problem(scores=scores, rows=rows)
+        return Problem(scores=scores, rows=rows, kinds=tuple(layer.kinds for layer in self.space.layers))
 
     def singles(self, choice: Choice) -> list[tuple[float, float]]:
         """The scores of attention and FFN by themselves, for each layer of a choice."""
@@ -103,14 +103,24 @@ class Programme:
         layer = self.space.layers[index]
         return np.array(
             [
-                self._cost(limit, layer.attention[one]) + self._cost(limit, layer.ffn[other])
-                for one, other in layer.pairs
+                self._cost(limit, layer.attention[one])
+                + self._cost(limit, layer.ffn[other])
+                + self._kind_cost(limit, layer.attention[one], kind)
+                for (one, other), kind in zip(layer.pairs, layer.kinds or ("",) * len(layer.pairs), strict=True)
             ]
         )
+
+    def _kind_cost(self, limit: Limit, attention: Attention, kind: str) -> float:
+        if limit.quantity not in ("parameters", "active", "memory"):
+            return 0.0
+        size = {"memory": self.recipe.costs.weight_bits / 8}.get(limit.quantity, 1.0)
+        return kind_parameters(self.teacher, attention, kind) * size
 
     def _cost(self, limit: Limit, block: Block) -> float:
         if limit.quantity == "parameters":
             return float(parameters(self.teacher, block))
+        if limit.quantity == "active":
+            return float(active_parameters(self.teacher, block))
         workload, costs = self._workloads[limit.workload], self.recipe.costs
         if limit.quantity == "memory":
             return weight_bytes(self.teacher, block, costs.weight_bits) + cache_bytes(
@@ -131,7 +141,7 @@ class Programme:
         return Budget(limit=limit, fixed=fixed, allowed=row_limit(limit, teacher, workload), teacher=teacher)
 
     def _fixed(self, limit: Limit, workload: Workload | None) -> float:
-        if limit.quantity == "parameters":
+        if limit.quantity in ("parameters", "active"):
             return float(self._fixed_parameters)
         if limit.quantity == "memory":
             return self._fixed_parameters * self.recipe.costs.weight_bits / 8

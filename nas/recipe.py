@@ -43,6 +43,8 @@ class Space:
     ffn_percent: tuple[float, ...] = (87, 75, 50, 25, 20, 10)
     ffn_linear: bool = True
     ffn_none: bool = True
+    ffn_experts: tuple[str, ...] = ()
+    """Mixtures of experts, as `4of16` or `4of16+512`; see `expert_shapes`. A child has those of one shape or none."""
     multiple: int = 32
     """Widths are rounded to multiples of it. SGLang and TensorRT-LLM want 256."""
     formats: tuple[str, ...] = ("source",)
@@ -184,6 +186,15 @@ def check(recipe: Recipe) -> list[str]:
         if min(workload.batch, workload.prompt) < 1 or workload.new < 0:
             problems.append(f"the workload {workload.name!r} needs a batch and a prompt of at least 1")
     problems += _engine_problems(recipe)
+    from .expert_shapes import form_problems
+
+    problems += form_problems(recipe.space.ffn_experts)
+    if recipe.space.ffn_experts and (set(recipe.space.formats) - {"source"} or recipe.costs.engine != TORCH):
+        problems.append(
+            "space.ffn_experts goes with no other space.formats than source, and with costs.engine = 'torch'"
+        )
+    if recipe.space.ffn_experts and recipe.distill.tokens:
+        problems.append("space.ffn_experts: children with experts are not distilled here yet; say distill.tokens=0")
     if recipe.score.objective not in ("kl", "lm", "cosine"):
         problems.append(f"score.objective is {recipe.score.objective!r}, none of kl, lm, cosine")
     if not recipe.library.ridge or min(recipe.library.ridge) <= 0:

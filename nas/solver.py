@@ -3,7 +3,8 @@
 
 x_ij = 1 if layer i takes option j: minimize Σ s_ij x_ij with Σ_j x_ij = 1 for each layer and Σ c_ij x_ij ≤ limit for
 each row (Puzzle 2411.19146, section 4). A child that must differ from earlier ones in d layers has Σ x_ij ≤ L - d over
-the options of each. Solved by scipy's `milp` (HiGHS), to a proven gap.
+the options of each. Solved by scipy's `milp` (HiGHS), to a proven gap. Where options are of kinds that no child mixes,
+each kind is a programme of its own, and the best answer's bound is the least of theirs.
 """
 
 import contextlib
@@ -38,6 +39,29 @@ class Problem:
     scores: tuple[np.ndarray, ...]
     """For each layer, of each option: (options,). Infinite: it may not be taken."""
     rows: tuple[Row, ...]
+    kinds: tuple[tuple[str, ...], ...] = ()
+    """For each layer, the kind of each option; all that a choice takes are of one. Empty, at all or in a layer: any."""
+
+    def parts(self) -> list["Problem"]:
+        """One problem for each kind, in the order in which kinds first come; itself where there are none."""
+        names = list(dict.fromkeys(name for kinds in self.kinds for name in kinds))
+        return [self._of_kind(name) for name in names] if names else [self]
+
+    def part_of(self, choice: Choice) -> "Problem":
+        """The one that has this choice."""
+        return next(part for part in self.parts() if np.isfinite(part.score(choice)))
+
+    def _of_kind(self, name: str) -> "Problem":
+        scores = tuple(
+            np.where([kind == name for kind in kinds], found, np.inf) if kinds else found
+            for found, kinds in zip(self.scores, self.kinds, strict=True)
+        )
+        return Problem(scores=scores, rows=self.rows)
+
+    @property
+    def has_options(self) -> bool:
+        """Every layer has some that may be taken."""
+        return all(np.isfinite(scores).any() for scores in self.scores)
 
     def score(self, choice: Choice) -> float:
         return float(sum(scores[option] for scores, option in zip(self.scores, choice, strict=True)))
@@ -74,6 +98,28 @@ def solve(
     distance: int = 1,
 ) -> Outcome:
     """The best choice that differs from every earlier one in at least `distance` layers."""
+    parts = problem.parts()
+    each = seconds / len(parts)
+    return _best(parts, [_solve(part, seconds=each, gap=gap, earlier=earlier, distance=distance) for part in parts])
+
+
+def _best(parts: Sequence[Problem], outcomes: Sequence[Outcome]) -> Outcome:
+    found = [outcome for outcome in outcomes if isinstance(outcome, Solution)]
+    unknown = [part for part, outcome in zip(parts, outcomes, strict=True) if outcome == "unknown"]
+    if len(parts) == 1 or not found:
+        return outcomes[0] if len(parts) == 1 else "unknown" if unknown else "infeasible"
+    # of a part that time ran out in, no more is known than what its options are by themselves
+    bounds = [one.bound for one in found] + [float(sum(scores.min() for scores in part.scores)) for part in unknown]
+    best = min(found, key=lambda one: one.score)
+    return replace(
+        best,
+        bound=min(best.score, *bounds),
+        proven=all(one.proven for one in found) and not unknown,
+        seconds=sum(one.seconds for one in found),
+    )
+
+
+def _solve(problem: Problem, *, seconds: float, gap: float, earlier: Sequence[Choice], distance: int) -> Outcome:
     began = time.monotonic()
     kept = [
         _undominated(problem, layer) if not earlier else allowed(problem, layer) for layer in range(_layers(problem))
@@ -188,7 +234,11 @@ def front(problem: Problem, row: int, points: int, *, seconds: float, gap: float
 def least_of(problem: Problem, row: int) -> float:
     """The least that a row can sum up to, whatever the other rows say."""
     costs = problem.rows[row].costs
-    return float(sum(found[allowed(problem, layer)].min() for layer, found in enumerate(costs)))
+    return min(
+        float(sum(found[allowed(part, layer)].min() for layer, found in enumerate(costs)))
+        for part in problem.parts()
+        if part.has_options
+    )
 
 
 def _with_limit(problem: Problem, row: int, limit: float) -> Problem:

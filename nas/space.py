@@ -17,16 +17,20 @@ from ..export.errors import ExportUsageError
 from ..export.fit import check_fit
 from ..export.forms import configuration
 from .errors import RecipeError
+from .expert_shapes import expert_name
+from .experts import expert_ffns, in_layout, kinds_of
 from .formats import SOURCE, Block, Kind, format_of, rounded, served, source_of
 from .recipe import Space
 
 
 def name_of(block: Block) -> str:
-    """`kv2`, `w768`, `linear` or `none`; `w768-int4` if its weights are stored so."""
+    """`kv2`, `w768`, `4of16x96`, `linear` or `none`; `w768-int4` if its weights are stored so."""
     if (stored := format_of(block)) != SOURCE:
         return f"{name_of(source_of(block))}-{stored}"
     if block.kind in ("linear", "none"):
         return block.kind
+    if isinstance(block, FFN) and block.kind == "moe":
+        return expert_name(block)
     return f"kv{block.kv_heads}" if isinstance(block, Attention) else f"w{block.width}"
 
 
@@ -38,6 +42,9 @@ class LayerSpace:
     ffn: tuple[FFN, ...]
     pairs: tuple[tuple[int, int], ...]
     """Those that may stand together, as indices; the teacher's (0, 0) comes first."""
+    kinds: tuple[str, ...] = ()
+    """Of each pair the kind of child that it is for, see `experts`; all layers of a child are of one. Empty: there is
+    one kind. The teacher's own pair is there once for each kind that has dense layers."""
 
     def layer(self, pair: tuple[int, int]) -> Layer:
         return Layer(attention=self.attention[pair[0]], ffn=self.ffn[pair[1]])
@@ -51,7 +58,7 @@ class SearchSpace:
 
     def child(self, teacher: Decoder, choice: tuple[tuple[int, int], ...]) -> Decoder:
         layers = tuple(space.layer(pair) for space, pair in zip(self.layers, choice, strict=True))
-        return replace(teacher, layers=layers)
+        return in_layout(replace(teacher, layers=layers))
 
 
 def make_space(teacher: Decoder, recipe: Space) -> SearchSpace:
@@ -76,6 +83,10 @@ def make_space(teacher: Decoder, recipe: Space) -> SearchSpace:
             found = _layer_space(teacher, index, recipe, engines, excluded)
             known[layer, where] = _in_formats(teacher, found, formats, excluded)
         layers.append(known[layer, where])
+    if recipe.ffn_experts:
+        kinds, told = kinds_of(teacher, expert_ffns(teacher, recipe.ffn_experts), engines)
+        excluded |= dict.fromkeys(told)
+        layers = [_with_experts(layer, kinds) for layer in layers]
     return SearchSpace(layers=tuple(layers), excluded=(*excluded, *refused))
 
 
@@ -130,6 +141,17 @@ def _stored(
                 ways[index].append(len(found))
                 found.append(made)
     return tuple(found), ways
+
+
+def _with_experts(space: LayerSpace, kinds: list[tuple[FFN, bool]]) -> LayerSpace:
+    """The same choices, and for each mixture of `kinds` its own kind of child, with the teacher's own or without."""
+    ffn, pairs, names = list(space.ffn), list(space.pairs), [""] * len(space.pairs)
+    for mixture, mixes in kinds:
+        ffn.append(mixture)
+        new = [(0, len(ffn) - 1), (0, 0)] if mixes else [(0, len(ffn) - 1)]
+        pairs += new
+        names += [name_of(mixture)] * len(new)
+    return replace(space, ffn=tuple(ffn), pairs=tuple(pairs), kinds=tuple(names))
 
 
 def _attentions(teacher: Decoder, own: Attention, recipe: Space) -> Iterator[Attention]:

@@ -4,7 +4,7 @@
 import threading
 import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from refound.ckpt import looks
@@ -24,20 +24,21 @@ def test_many_agents_look_seldom() -> None:
 def test_other_waits_and_another_torch_are_left_alone() -> None:
     asked: list[Any] = []
     module = SimpleNamespace(_delay=asked.append)
-    look_often(module, 3)
-    look_often(module, 3)  # a second handler in one process
+    handler = SimpleNamespace(_state_holder=SimpleNamespace(_cache_duration=1))
+    look_often(module, handler, 3)
+    look_often(module, handler, 3)  # a second handler in one process
     module._delay((0, 0.3))
     module._delay(1)
     assert asked == [(0, 0.3)]
-    other = SimpleNamespace()
-    look_often(other, 3)
-    assert not vars(other)
+    for other in (SimpleNamespace(), SimpleNamespace(_delay=asked.append)):
+        before = dict(vars(other))
+        look_often(other, SimpleNamespace(), 3)
+        assert vars(other) == before
 
 
 def test_a_round_of_torchs_own_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three agents meet; counted are looks and not seconds. It waits as `look_often` says."""
     monkeypatch.setattr(dynamic_rendezvous, "_delay", dynamic_rendezvous._delay)
-    look_often(dynamic_rendezvous, 3)
     slept: list[float] = []
     monkeypatch.setattr(looks, "sleep", lambda seconds: (slept.append(seconds), time.sleep(seconds)))
     store = HashStore()
@@ -46,6 +47,8 @@ def test_a_round_of_torchs_own_rendezvous(monkeypatch: pytest.MonkeyPatch) -> No
         dynamic_rendezvous.create_handler(store, c10d_rendezvous_backend.C10dRendezvousBackend(store, "job"), settings)
         for _ in range(3)
     ]
+    for agent in agents:
+        look_often(dynamic_rendezvous, agent, 3)
     found: list[int] = []
     meeting = [threading.Thread(target=lambda a=a: found.append(a.next_rendezvous().rank)) for a in agents]
     for thread in meeting[:2]:
@@ -56,5 +59,7 @@ def test_a_round_of_torchs_own_rendezvous(monkeypatch: pytest.MonkeyPatch) -> No
         thread.join()
     assert sorted(found) == [0, 1, 2]
     assert set(slept) == {0.1}
+    # torch's own second would show them the same state again
+    assert all(cast(Any, agent)._state_holder._cache_duration == 0.1 for agent in agents)
     for agent in agents:
         agent.shutdown()

@@ -131,3 +131,29 @@ def test_costs_may_be_counted_from_the_teachers_and_scores_be_tiny() -> None:
     found = solve(Problem(scores=scores, rows=(Row(name="latency", costs=costs, limit=-1.2e-3),)), **LIMITS)
     assert isinstance(found, Solution)
     assert found.score == pytest.approx(4e-5) and sorted(found.choice) == [0] * 6 + [1] * 4
+
+
+def test_options_of_kinds_are_never_mixed_and_the_best_of_all_is_proven() -> None:
+    """Against every choice there is, of kinds drawn at random, with limits that bind."""
+    draw = np.random.default_rng(5)
+    for _ in range(20):
+        kinds = tuple(tuple(draw.choice(["", "a", "b"], 4)) for _ in range(4))
+        problem = Problem(
+            scores=tuple(draw.random(4) for _ in range(4)),
+            rows=(Row(name="parameters", costs=tuple(draw.random(4) for _ in range(4)), limit=2.0),),
+            kinds=kinds,
+        )
+        one_kind = [
+            choice
+            for choice in product(range(4), repeat=4)
+            if len({kinds[layer][option] for layer, option in enumerate(choice)}) == 1 and problem.fits(choice)
+        ]
+        found = solve(problem, **LIMITS)
+        if not one_kind:
+            assert found == "infeasible"
+            continue
+        assert isinstance(found, Solution) and found.proven and found.choice in one_kind
+        assert found.score == pytest.approx(min(map(problem.score, one_kind)))
+        assert problem.part_of(found.choice).score(found.choice) == found.score
+        points = front(problem, 0, 3, **LIMITS)
+        assert [point.score for point in points] == sorted((p.score for p in points), reverse=True)
