@@ -51,7 +51,9 @@ def check_fit(decoder: Decoder, name: str, form: Form | None = None) -> list[Fin
     form = form or form_for(decoder, name)
     findings = list(_families(decoder, name, engine, form))
     if any(finding.alike for finding in findings):
-        return findings
+        same = alike(decoder)
+        assert same is not None
+        return findings + [finding for finding in check_fit(same, name) if finding.exact is None]
     uneven = form != "uniform" and bool(uniform_obstacles(decoder))
     for index, layer in enumerate(decoder.layers):
         for feature in features(decoder, index, uneven=uneven):

@@ -265,6 +265,16 @@ def test_vllm_gets_attention_of_zeros_where_per_layer_config_has_none(name: str)
     assert not check_fit(adapted, "vllm")
 
 
+@pytest.mark.parametrize("engine", CONVERTED.values())
+def test_what_an_engine_does_not_take_of_layers_made_alike_is_said_at_once(engine: str) -> None:
+    """Not only by the export: `--check` had said that windows in layers that differ fit."""
+    model = PER_LAYER["per layer: mistral"]
+    findings = check_fit(model, engine)
+    assert any(finding.alike for finding in findings)
+    refused = [finding for finding in findings if finding.exact is None]
+    assert refused == [finding for finding in check_fit(adapt(model, (engine,)), engine) if finding.exact is None] != []
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_what_the_source_does(workshop: Workshop, llama_cpp: dict[str, Any], name: str) -> None:
     figures = workshop.figures("llama.cpp", name, llama_cpp[name])
