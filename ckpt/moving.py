@@ -30,8 +30,9 @@ T = TypeVar("T")
 _SIGNPOST = "refound/at/"
 _STATE_PREFIX = "torch.rendezvous."
 _NO_STATE = "Y2FuaW1hZGFt"  # what torch's backend puts where there is no state yet
-_ANSWER = timedelta(seconds=5)
-"""How long a store may take to answer what it need not wait for."""
+_ANSWER = timedelta(seconds=8)
+"""How long a store may take to answer what it need not wait for. torch's looks up the name of whoever connects, and all
+others wait meanwhile: where the name server does not answer, for the 5 s that the resolver has."""
 _CONNECT = timedelta(seconds=1)
 _FORGOTTEN = timedelta(seconds=2)
 _LOOK_EVERY = timedelta(milliseconds=500)
